@@ -1,0 +1,1 @@
+"""Checkpoint to artifact: targets, the GGUF converter and quantiser."""

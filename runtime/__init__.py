@@ -1,0 +1,1 @@
+"""Run an artifact: device probe, backends, sessions. Never imports torch or transformers."""

@@ -1,0 +1,1 @@
+"""Recipes, labelled scenes and the training loop."""
