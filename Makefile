@@ -1,0 +1,44 @@
+# The two commands: `make demo` runs the main job, `make test` passes the tests.
+# Both set up .venv here and work on a fresh machine with Python 3.11+, and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+LLAMA_CMAKE := -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/cmake/llama-runtime-only.cmake
+
+.PHONY: demo test test-slow check format clean
+
+demo: $(VENV)/.runtime
+	rm -rf demo
+	$(BIN)/medmo-edge demo -o demo
+
+test: $(VENV)/.dev check
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Export and run need no torch. llama-cpp-python compiles once, a few minutes on two cores.
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[llamacpp,export]"
+	touch $@
+
+# torch first and pinned: what comes after must not choose another build of it.
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) torch
+	$(PIP) --editable ".[llamacpp,export,train,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

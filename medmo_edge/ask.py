@@ -1,0 +1,103 @@
+"""The ``ask`` command: read images, put one question, print the answer and draw its boxes."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medmo_edge.errors import MedmoError, UsageError
+from medmo_edge.images import Frame, read_image
+from medmo_edge.overlay import check_overlay_path, draw_overlay, save_overlay
+from medmo_edge.runtime.generate import GenerationOptions
+from medmo_edge.runtime.session import Answer, Study, load
+
+
+def run_ask(
+    *,
+    artifact: str,
+    images: tuple[str, ...],
+    question: str,
+    as_json: bool,
+    overlay: Path | None,
+    overwrite: bool,
+    frame: int,
+    window: str | None,
+    backend: str,
+    threads: int | None,
+    timeout: float | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> None:
+    """Ask ``question`` about ``images`` and print the answer as text or as one JSON object."""
+    if overlay is not None:
+        check_overlay_path(overlay, overwrite=overwrite)
+        if len(images) > 1:
+            raise UsageError("--overlay draws one image: ask about one image at a time")
+    frames = [read_image(path, frame, parse_window(window)) for path in images]
+    options = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        timeout_seconds=timeout,
+    )
+    with load(artifact, backend, threads=threads) as session:
+        study = session.study(frames)
+        answer = _ask(study, question, options, stream=not as_json and sys.stdout.isatty())
+    if overlay is not None:
+        save_overlay(draw_overlay(frames[0], answer.boxes), overlay, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        click.echo(_summary(answer, frames, overlay))
+
+
+def parse_window(text: str | None) -> str | int | tuple[float, float] | None:
+    """``--window``: ``CENTER,WIDTH`` in modality units, the number of a stored window, or a preset.
+
+    Errors: UsageError when a pair does not hold two numbers.
+    """
+    if text is None:
+        return None
+    if "," in text:
+        try:
+            center, width = (float(part) for part in text.split(","))
+        except ValueError as error:
+            raise UsageError(f"--window {text}: expected CENTER,WIDTH, e.g. -600,1500") from error
+        return center, width
+    return int(text) if text.isdecimal() else text
+
+
+def _ask(study: Study, question: str, options: GenerationOptions, *, stream: bool) -> Answer:
+    """A person at a terminal sees the words as they come; a program gets the whole answer."""
+    if not stream:
+        return study.ask(question, options=options)
+    running = study.stream(question, options=options)
+    for piece in running:
+        click.echo(piece, nl=False)
+    click.echo()
+    if running.answer is None:
+        raise MedmoError("the answer ended before it began")
+    return running.answer
+
+
+def _summary(answer: Answer, frames: list[Frame], overlay: Path | None) -> str:
+    lines = [] if sys.stdout.isatty() else [answer.text]
+    if answer.finish_reason != "stop":
+        lines.append(f"(ended by {answer.finish_reason})")
+    for box in answer.boxes:
+        corners = ", ".join(f"{value:.0f}" for value in box.xyxy)
+        where = f" in image {box.image + 1}" if len(frames) > 1 else ""
+        lines.append(f"  {box.label}: [{corners}]{where}")
+    lines += [f"  rejected box: {why}" for why in answer.rejected_boxes]
+    times = answer.timings
+    lines.append(
+        f"{times.load_seconds:.2f} s load, {times.image_seconds:.2f} s image, "
+        f"{times.prefill_seconds:.2f} s prompt ({times.prompt_tokens} tokens), "
+        f"{times.decode_seconds:.2f} s answer ({times.new_tokens} tokens)"
+    )
+    if overlay is not None:
+        lines.append(f"overlay: {overlay}")
+    return "\n".join(lines)

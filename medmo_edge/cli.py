@@ -1,0 +1,187 @@
+"""The ``medmo-edge`` command: the commands in order are the road from recipe to answer.
+
+Every command imports what it needs when it runs, so ``--help`` stays fast. This module turns the
+error tree into one line and an exit code; it holds no other logic.
+
+Exit codes: 0 done, 1 a bug in this package, 2 something the user can put right, 130 Ctrl-C.
+"""
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from medmo_edge import __version__
+from medmo_edge.errors import MedmoError
+
+EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+_IN_ORDER = ("train", "export", "ask", "doctor", "demo")
+
+
+class _RoadGroup(click.Group):
+    """Lists commands in the order of the work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in _IN_ORDER if name in self.commands]
+
+
+@click.group(cls=_RoadGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="medmo-edge")
+@click.option("--debug", is_flag=True, help="Show the traceback of an unexpected error.")
+def cli(debug: bool) -> None:
+    """Run a medical vision-language model on your own hardware, offline.
+
+    Research use only. Not a medical device.
+    """
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the recipe's data sets.")
+@click.option("--resume", is_flag=True, help="Go on from the newest complete step in the output.")
+def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
+    """Train a checkpoint by RECIPE, a TOML file or the name of a packaged one (nano, smoke)."""
+    from medmo_edge.train.run import train as run_recipe
+
+    run_recipe(recipe, output, data=data, resume=resume)
+    click.echo(f"checkpoint: {output}")
+
+
+@cli.command()
+@click.argument("checkpoint")
+@click.option("--target", required=True, help="Format and precision, e.g. gguf-q8_0.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Importance matrix (llama.cpp GGUF form) for the quantiser.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def export(
+    checkpoint: str, target: str, output: Path, imatrix: Path | None, as_json: bool
+) -> None:
+    """Export CHECKPOINT, a folder or nano, to an artifact that this machine can run."""
+    from medmo_edge.export.export import export_checkpoint
+    from medmo_edge.progress import stage_bars
+
+    with stage_bars() as progress:
+        manifest = export_checkpoint(
+            checkpoint, target, output, imatrix=imatrix, progress=progress
+        )
+    if as_json:
+        _print_json(manifest.to_dict())
+        return
+    total = sum(entry["bytes"] for entry in manifest.files.values())
+    click.echo(f"artifact: {output}  {manifest.target}  {total / 1e6:.1f} MB")
+
+
+@cli.command()
+@click.argument("artifact")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.argument("question")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--overlay", type=click.Path(path_type=Path), help="Write a PNG with the boxes drawn."
+)
+@click.option("--frame", type=int, default=0, show_default=True, help="Frame of a multi-frame file.")
+@click.option(
+    "--window",
+    help="CT preset (lung, bone, ...), number of a stored window, or CENTER,WIDTH.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds.")
+@click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing overlay.")
+def ask(**options: Any) -> None:
+    """Ask ARTIFACT a QUESTION about one or more images (PNG, JPEG, DICOM)."""
+    from medmo_edge.ask import run_ask
+
+    run_ask(**options)
+
+
+@cli.command()
+@click.argument("artifact", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(artifact: str | None, as_json: bool) -> None:
+    """Show this machine's devices and, for each backend, why it can or cannot run."""
+    from medmo_edge.runtime.doctor import doctor as examine
+    from medmo_edge.runtime.doctor import format_findings
+
+    findings = examine(artifact)
+    if as_json:
+        _print_json(findings)
+    else:
+        click.echo(format_findings(findings))
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"))
+def demo(output: Path) -> None:
+    """Export the embedded MedMO-nano and ask it about a radiograph drawn on the spot."""
+    from medmo_edge.demo import run_demo
+
+    run_demo(output)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"medmo-edge: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line; every error becomes one line on stderr and an exit code."""
+    # A service manager's SIGTERM must clean up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(prog_name="medmo-edge", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        hint = f" (see: {where} --help)" if where else ""
+        _fail(error.format_message() + hint, EXIT_USER)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", EXIT_INTERRUPTED)
+    except MedmoError as error:
+        _fail(str(error), EXIT_USER)
+    except BrokenPipeError:
+        # The reader went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_USER)
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(_describe_os_error(error), EXIT_USER)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        _fail(
+            f"unexpected {type(error).__name__}: {error} "
+            "(a bug: run again with `medmo-edge --debug ...` and report it)",
+            EXIT_BUG,
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    what = error.strerror or str(error)
+    advice = " (free some space and run again)" if error.errno == errno.ENOSPC else ""
+    return f"{where}{what}{advice}"

@@ -1,0 +1,140 @@
+"""The house keeps its shape: light imports, no leaked names, packages as listed, help as printed."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import medmo_edge
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("calibration", "evaluation", "export", "runtime", "train")
+HEAVY = {
+    "gguf",
+    "llama_cpp",
+    "matplotlib",
+    "onnxruntime",
+    "pydicom",
+    "scipy",
+    "torch",
+    "transformers",
+}
+
+
+def _run_python(code: str) -> str:
+    """Run ``code`` in a fresh interpreter that does not see the repository root on its path."""
+    command = [sys.executable, "-P", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "medmo_edge",
+        "medmo_edge.boxes",
+        "medmo_edge.checkpoint",
+        "medmo_edge.cli",
+        "medmo_edge.images",
+        "medmo_edge.manifest",
+        "medmo_edge.prompts",
+        "medmo_edge.runtime.backends",
+        "medmo_edge.runtime.llamacpp",
+        "medmo_edge.runtime.session",
+        "medmo_edge.tokenizer",
+    ],
+)
+def test_importing_core_and_runtime_loads_nothing_heavy(module: str) -> None:
+    loaded = set(_run_python(f"import sys, {module}; print(*sys.modules)").split())
+    assert not loaded & HEAVY
+
+
+def test_public_names_resolve_and_match_all() -> None:
+    for name in medmo_edge.__all__:
+        assert getattr(medmo_edge, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = medmo_edge.nonsense  # type: ignore[attr-defined]
+
+
+def test_offline_switches_are_set_before_any_backend_loads() -> None:
+    code = "import os, medmo_edge; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HF_HUB_OFFLINE'])"
+    assert _run_python(code).split() == ["1", "1"]
+
+
+def test_room_names_do_not_leak_to_the_top_level() -> None:
+    for room in ROOMS:
+        code = f"import importlib.util as u; print(u.find_spec({room!r}))"
+        assert _run_python(code).strip() == "None"
+
+
+def test_listed_packages_are_the_folders_with_code() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    listed = {name.split(".")[-1] for name in tools["packages"]}
+    assert listed == folders == {"medmo_edge", *ROOMS}
+    for room in ROOMS:
+        link = ROOT / "medmo_edge" / room
+        assert link.is_symlink() and os.readlink(link) == f"../{room}"
+
+
+def test_wheel_holds_one_top_level_package_with_its_data(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"medmo_edge"}
+    for needed in (
+        "medmo_edge/py.typed",
+        "medmo_edge/runtime/session.py",
+        "medmo_edge/train/nano.toml",
+        "medmo_edge/medmo-nano/model.safetensors",
+        "medmo_edge/medmo-nano/README.md",
+    ):
+        assert needed in names
+
+
+def test_readme_shows_the_real_help() -> None:
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"```\n(Usage: medmo-edge .*?)```", readme, re.DOTALL)
+    assert shown, "README.md has no block with the output of `medmo-edge --help`"
+    environment = {**os.environ, "COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    command = [sys.executable, "-m", "medmo_edge", "--help"]
+    help_text = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+    assert shown.group(1).strip() == help_text.strip()
+
+
+def test_readme_tree_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text()
+    missing = [
+        path.name
+        for folder in ("medmo_edge", *ROOMS, "benchmarks")
+        for path in sorted((ROOT / folder).glob("*.py"))
+        if not path.name.startswith("__") and path.name not in readme
+    ]
+    assert missing == []
+
+
+def test_help_is_fast() -> None:
+    command = [sys.executable, "-m", "medmo_edge", "--help"]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    # 0.3 s on an idle machine; the bound leaves room for a busy one.
+    assert min(seconds) < 1.0
+
+
+def test_no_file_grows_past_its_job() -> None:
+    folders = ("medmo_edge", *ROOMS, "tests", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    too_long = {p.name: n for p in files if (n := len(p.read_text().splitlines())) > 400}
+    assert too_long == {}
