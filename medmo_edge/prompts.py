@@ -1,0 +1,162 @@
+"""Prompts: the checkpoint's chat template, our task questions, and the token ids of both.
+
+The template is code that came with a checkpoint: it runs in jinja2's sandbox and sees only plain
+data. Nothing here knows pixels; an image is a number of vision tokens. Tools, reasoning fields and
+videos are not offered, though a template may use them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from medmo_edge.errors import CheckpointError, PromptError
+from medmo_edge.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Message = dict[str, Any]
+
+#: questions of the named tasks, in the words of MedMO's own examples
+TASK_PROMPTS: dict[str, str] = {
+    "report": "Generate a detailed radiology report for this image.",
+    "caption": "Describe this medical image.",
+    "detect": "Detect and localize all abnormalities in this image.",
+}
+
+
+def locate_prompt(target: str) -> str:
+    """The question for the boxes of ``target``, e.g. "nodule" -> "Locate the nodule."."""
+    return f"Locate the {target.strip().rstrip('.').removeprefix('the ')}."
+
+
+def user_message(question: str, num_images: int) -> Message:
+    """One user turn: the images first, then the question."""
+    images = [{"type": "image"} for _ in range(num_images)]
+    return {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+
+
+class ChatTemplate:
+    """A checkpoint's chat_template.jinja, compiled; renders as ``apply_chat_template`` does."""
+
+    def __init__(self, source: str) -> None:
+        """Errors: CheckpointError when ``source`` is not a valid template."""
+        import jinja2
+
+        self.source = source
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"chat template cannot be compiled: {_line(error)}") from error
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt text, with one image token per image.
+
+        Errors: PromptError when the template refuses the messages, fails or leaves its sandbox.
+        """
+        try:
+            return self._template.render(
+                messages=[_plain(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # a template is foreign code and can fail in any way
+            raise PromptError(
+                f"chat template cannot render this conversation: {_line(error)}"
+            ) from error
+
+
+@cache
+def _environment() -> "ImmutableSandboxedEnvironment":
+    """The sandbox with transformers' settings (utils/chat_template_utils.py of 5.23)."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """``{% generation %}`` marks what training learns from; in a prompt it means nothing."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Replaces jinja2's filter, which escapes HTML characters."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _plain(value: Any) -> Any:
+    """``value`` rebuilt from plain types: objects with methods must not enter the sandbox."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    vision_token_counts: Sequence[int],
+    image_token: str,
+) -> list[int]:
+    """Token ids of a conversation, ``image_token`` repeated once per vision token of each image.
+
+    Errors: PromptError when the conversation does not hold exactly one image token per image.
+    """
+    pieces = template.render(messages).split(image_token)
+    if len(pieces) - 1 != len(vision_token_counts):
+        raise PromptError(
+            f"conversation has {len(pieces) - 1} image places for {len(vision_token_counts)} images"
+        )
+    text = pieces[0]
+    for count, piece in zip(vision_token_counts, pieces[1:], strict=True):
+        text += image_token * count + piece
+    return tokenizer.encode(text)
+
+
+def check_user_text(tokenizer: Tokenizer, text: str) -> None:
+    """Refuse a question that could take over the conversation.
+
+    Errors: PromptError when ``text`` is empty or spells a control token such as ``<|im_end|>``.
+    """
+    if not text.strip():
+        raise PromptError("question is empty: ask something about the image")
+    found = tokenizer.control_tokens_in(text)
+    if found:
+        raise PromptError(f"question contains the control token {found[0]}: remove it")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
