@@ -1,0 +1,455 @@
+"""Fixtures of every room: real data, tiny random Qwen3-VL checkpoints, and a network guard.
+
+The checkpoints are real Hugging Face folders of the real architecture, written with numpy alone, so
+the tests of the base install need no torch. Their weights are random: only agreement means
+anything, never what they say.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+# Shared runners stall for seconds: a slow example is no failure.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
+
+MakeCheckpoint = Callable[..., Path]
+
+# Qwen3-VL's added tokens in its order, True for special ones.
+ADDED_TOKENS = {
+    "<|endoftext|>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<|object_ref_start|>": True,
+    "<|object_ref_end|>": True,
+    "<|box_start|>": True,
+    "<|box_end|>": True,
+    "<|quad_start|>": True,
+    "<|quad_end|>": True,
+    "<|vision_start|>": True,
+    "<|vision_end|>": True,
+    "<|vision_pad|>": True,
+    "<|image_pad|>": True,
+    "<|video_pad|>": True,
+    "<tool_call>": False,
+    "</tool_call>": False,
+    "<|fim_prefix|>": False,
+    "<|fim_middle|>": False,
+    "<|fim_suffix|>": False,
+    "<|fim_pad|>": False,
+    "<|repo_name|>": False,
+    "<|file_sep|>": False,
+    "<tool_response>": False,
+    "</tool_response>": False,
+    "<think>": False,
+    "</think>": False,
+}
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- else %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+TEXT: dict[str, Any] = {
+    "model_type": "qwen3_vl_text",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "dtype": "bfloat16",
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+}
+VISION: dict[str, Any] = {
+    "model_type": "qwen3_vl",
+    "deepstack_visual_indexes": [1],
+    "depth": 4,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 128,
+    "in_channels": 3,
+    "initializer_range": 0.02,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "num_position_embeddings": 256,
+    "out_hidden_size": 256,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+ROPE: dict[str, Any] = {
+    "rope_type": "default",
+    "mrope_section": [12, 10, 10],
+    "mrope_interleaved": True,
+}
+ROPE_THETA = 5_000_000
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data, or a skip: tests must pass without it."""
+    folder = os.environ.get("MEDMO_EDGE_DATA")
+    if not folder:
+        pytest.skip("MEDMO_EDGE_DATA is not set: no real data here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> MakeCheckpoint:
+    """Factory of random checkpoints: ``make_checkpoint(path, **changes) -> path``."""
+    return _write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied embeddings, one shard, one deepstack level: the nano shape. Do not write into it."""
+    return _write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untied, three shards, three deepstack levels: the 8B shape. Do not write into it."""
+    return _write_checkpoint(
+        tmp_path_factory.mktemp("checkpoints") / "tiny-untied",
+        vision={"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 2304},
+        tied=False,
+        shards=3,
+        seed=1,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that looks beyond this machine fails, even when the code it tests hides the error."""
+    attempts: list[str] = []
+    real_connect, real_lookup = socket.socket.connect, socket.getaddrinfo
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and not _is_loopback(address[0]):
+            attempts.append(f"connect to {address}")
+            raise ConnectionRefusedError(f"tests may not connect to {address}")
+        real_connect(self, address)
+
+    def lookup(host: Any, *args: Any, **options: Any) -> Any:
+        if host is not None and not _is_loopback(host):
+            attempts.append(f"look up {host}")
+            raise socket.gaierror(f"tests may not look up {host}")
+        return real_lookup(host, *args, **options)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    yield
+    assert not attempts, f"the test used the network: {attempts}"
+
+
+def _is_loopback(host: Any) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host)
+    return name.startswith("127.") or name in ("::1", "localhost", "0.0.0.0", "")
+
+
+def _write_checkpoint(
+    path: Path,
+    *,
+    text: Mapping[str, Any] | None = None,
+    vision: Mapping[str, Any] | None = None,
+    tied: bool = True,
+    shards: int = 1,
+    dtype: str = "BF16",
+    seed: int = 0,
+    min_pixels: int = 4096,
+    max_pixels: int = 262144,
+    coords: str = "norm1000",
+    chat_template: str = CHAT_TEMPLATE,
+) -> Path:
+    """Write a whole Hugging Face folder; ``text`` and ``vision`` change the tiny shapes."""
+    path.mkdir(parents=True)
+    ids = _write_tokenizer(path)
+    vocab_size = -(-len(ids) // 64) * 64
+    config = _config({"vocab_size": vocab_size, **(text or {})}, vision or {}, tied, ids)
+    _write_json(path / "config.json", config)
+    _write_json(path / "medmo_edge.json", {"coords": coords})
+    _write_json(path / "generation_config.json", _generation(ids))
+    _write_json(
+        path / "preprocessor_config.json",
+        _preprocessor(config["vision_config"], min_pixels, max_pixels),
+    )
+    (path / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    _write_tensors(path, _shapes(config), shards=shards, dtype=dtype, seed=seed)
+    return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+
+def _config(
+    text: Mapping[str, Any], vision: Mapping[str, Any], tied: bool, ids: Mapping[str, int]
+) -> dict[str, Any]:
+    """config.json in the 4.57 and the 5.x form at once, as our own trainer writes it."""
+    rope = {
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": ROPE,
+        "rope_parameters": {**ROPE, "rope_theta": ROPE_THETA},
+    }
+    ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "dtype": "bfloat16",
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": tied,
+        "text_config": {**TEXT, **rope, **ends, "tie_word_embeddings": tied, **text},
+        "vision_config": {**VISION, **vision},
+        "transformers_version": "4.57.1",
+    }
+
+
+def _generation(ids: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "bos_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
+        "do_sample": True,
+        "repetition_penalty": 1.0,
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+    }
+
+
+def _preprocessor(vision: Mapping[str, Any], min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    return {
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "Qwen3VLProcessor",
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+    }
+
+
+def _write_tokenizer(path: Path) -> dict[str, int]:
+    """Train a small byte-level BPE with Qwen's rules; returns token -> id, added ones included."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+    from tokenizers.processors import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    byte_level = pre.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre.Sequence([pre.Split(Regex(QWEN2_SPLIT), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = ByteLevel(
+        add_prefix_space=False, trim_offsets=False, use_regex=False
+    )
+    alphabet = sorted(pre.ByteLevel.alphabet())
+    trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_sentences(), trainer)
+    for token, special in ADDED_TOKENS.items():
+        added = AddedToken(token, special=special, normalized=False)
+        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+    tokenizer.save(str(path / "tokenizer.json"))
+    tokenizer.model.save(str(path))  # vocab.json and merges.txt, for transformers 4.57
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    _write_json(path / "tokenizer_config.json", _tokenizer_config(ids))
+    return ids
+
+
+def _tokenizer_config(ids: Mapping[str, int]) -> dict[str, Any]:
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    return {
+        "added_tokens_decoder": {
+            str(ids[token]): {"content": token, **flags, "special": special}
+            for token, special in ADDED_TOKENS.items()
+        },
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "errors": "replace",
+        "model_max_length": 4096,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
+
+
+def _sentences() -> list[str]:
+    """A corpus with the words that questions and answers of the tests are made of."""
+    findings = ["nodule", "white blood cell", "fracture", "pleural effusion", "opacity", "mass"]
+    sides = ["left", "right", "upper", "lower", "basal", "apical"]
+    forms = [
+        "Locate the {finding}.",
+        "Is there a {finding} in the {side} lung? Yes, there is a {finding}.",
+        "{finding} <box>[[{a}, {b}, {a}, {b}]]</box>",
+        "Generate a detailed radiology report for this image: no {finding} in the {side} zone.",
+        "Describe this medical image. The {side} lobe shows a {finding}, how many? {b}",
+    ]
+    return [
+        form.format(finding=finding, side=side, a=37 * index % 1000, b=53 * index % 1000)
+        for index, form in enumerate(forms)
+        for finding in findings
+        for side in sides
+    ]
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the architecture, written down independently of the package."""
+    text, vision = config["text_config"], config["vision_config"]
+    hidden, inner, head = text["hidden_size"], text["intermediate_size"], text["head_dim"]
+    queries, keys = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (text["vocab_size"], hidden)}
+    for layer in range(text["num_hidden_layers"]):
+        block = {
+            "input_layernorm": (hidden,),
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "self_attn.q_norm": (head,),
+            "self_attn.k_norm": (head,),
+            "post_attention_layernorm": (hidden,),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in block.items()}
+    shapes["norm.weight"] = (hidden,)
+    shapes = {f"model.language_model.{name}": shape for name, shape in shapes.items()}
+    shapes |= {f"model.visual.{n}": shape for n, shape in _vision_shapes(vision).items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (text["vocab_size"], hidden)
+    return shapes
+
+
+def _vision_shapes(vision: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    wide, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
+    merged = wide * vision["spatial_merge_size"] ** 2
+    linears = {
+        "patch_embed.proj": (wide, 3, vision["temporal_patch_size"], patch, patch),
+        **_merger("merger", wide, merged, vision["out_hidden_size"]),
+    }
+    for level in range(len(vision["deepstack_visual_indexes"])):
+        linears |= _merger(
+            f"deepstack_merger_list.{level}", merged, merged, vision["out_hidden_size"]
+        )
+    for layer in range(vision["depth"]):
+        linears |= {
+            f"blocks.{layer}.norm1": (wide,),
+            f"blocks.{layer}.norm2": (wide,),
+            f"blocks.{layer}.attn.qkv": (3 * wide, wide),
+            f"blocks.{layer}.attn.proj": (wide, wide),
+            f"blocks.{layer}.mlp.linear_fc1": (inner, wide),
+            f"blocks.{layer}.mlp.linear_fc2": (wide, inner),
+        }
+    shapes: dict[str, tuple[int, ...]] = {
+        "pos_embed.weight": (vision["num_position_embeddings"], wide)
+    }
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def _merger(name: str, normed: int, merged: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.norm": (normed,),
+        f"{name}.linear_fc1": (merged, merged),
+        f"{name}.linear_fc2": (out, merged),
+    }
+
+
+def _draw(name: str, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.float32]:
+    """Random weights that keep activations near one and logits spread over a few units."""
+    values = random.standard_normal(shape, np.float32)
+    if name == "model.language_model.norm.weight":
+        return 3 + 0.3 * values  # spreads the logits, so that a greedy choice is rarely a tie
+    if "norm" in name and name.endswith(".weight"):
+        return 1 + 0.1 * values
+    if name.endswith(".bias"):
+        return 0.1 * values
+    if "embed_tokens" in name or "pos_embed" in name:
+        return values * np.float32(0.5 if "pos_embed" in name else 0.05)
+    return values / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def _write_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, shards: int, dtype: str, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    names = list(shapes)
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        file = (
+            f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+            if shards > 1
+            else "model.safetensors"
+        )
+        held = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        arrays = {name: _store(_draw(name, shapes[name], random), dtype) for name in held}
+        _write_safetensors(path / file, arrays, dtype)
+        weight_map |= dict.fromkeys(held, file)
+    if shards > 1:
+        _write_json(
+            path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
+        )
+
+
+def _store(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    if dtype != "BF16":
+        return values.astype({"F16": np.float16, "F32": np.float32}[dtype])
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, NDArray[Any]], dtype: str) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, array in arrays.items():
+        end = start + array.nbytes
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(array.tobytes())
