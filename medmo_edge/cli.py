@@ -62,17 +62,13 @@ def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
     help="Importance matrix (llama.cpp GGUF form) for the quantiser.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def export(
-    checkpoint: str, target: str, output: Path, imatrix: Path | None, as_json: bool
-) -> None:
+def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_json: bool) -> None:
     """Export CHECKPOINT, a folder or nano, to an artifact that this machine can run."""
     from medmo_edge.export.export import export_checkpoint
     from medmo_edge.progress import stage_bars
 
     with stage_bars() as progress:
-        manifest = export_checkpoint(
-            checkpoint, target, output, imatrix=imatrix, progress=progress
-        )
+        manifest = export_checkpoint(checkpoint, target, output, imatrix=imatrix, progress=progress)
     if as_json:
         _print_json(manifest.to_dict())
         return
@@ -88,7 +84,9 @@ def export(
 @click.option(
     "--overlay", type=click.Path(path_type=Path), help="Write a PNG with the boxes drawn."
 )
-@click.option("--frame", type=int, default=0, show_default=True, help="Frame of a multi-frame file.")
+@click.option(
+    "--frame", type=int, default=0, show_default=True, help="Frame of a multi-frame file."
+)
 @click.option(
     "--window",
     help="CT preset (lung, bone, ...), number of a stored window, or CENTER,WIDTH.",

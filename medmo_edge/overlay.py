@@ -84,6 +84,8 @@ def _draw_box(
 ) -> None:
     x1, y1, x2, y2 = xyxy
     draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=3)
+    if not label:
+        return
     font = _font(18)
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     text_width, text_height = right - left + 8, bottom - top + 8

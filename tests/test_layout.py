@@ -64,8 +64,9 @@ def test_public_names_resolve_and_match_all() -> None:
 
 
 def test_offline_switches_are_set_before_any_backend_loads() -> None:
-    code = "import os, medmo_edge; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['HF_HUB_OFFLINE'])"
-    assert _run_python(code).split() == ["1", "1"]
+    code = "import os, medmo_edge; print(*(os.environ[name] for name in {!r}))"
+    names = ("ORT_DISABLE_TELEMETRY", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    assert _run_python(code.format(names)).split() == ["1", "1", "1"]
 
 
 def test_room_names_do_not_leak_to_the_top_level() -> None:
