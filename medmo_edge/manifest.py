@@ -70,6 +70,10 @@ class Manifest:
                 return self.folder / name
         raise ArtifactError(f"{self.folder / MANIFEST_NAME} names no {role!r} file: export again")
 
+    def moved_to(self, folder: Path) -> "Manifest":
+        """The same manifest after its folder was renamed."""
+        return replace(self, folder=folder)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without what is only known to the reader."""
         return {name: getattr(self, name) for name in _TYPES}

@@ -1,0 +1,164 @@
+"""Checkpoint in, artifact out: the one entry to every target.
+
+Opens and checks everything before it writes, stages the files beside the output and publishes them
+by one rename. What a format writes is in the modules named after it.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from medmo_edge import __version__
+from medmo_edge.calibration.imatrix import Imatrix, read_imatrix
+from medmo_edge.checkpoint import Checkpoint, open_checkpoint
+from medmo_edge.errors import ExportError, UsageError
+from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, write_files
+from medmo_edge.export.licence import stated_licence
+from medmo_edge.export.targets import Target, find_target
+from medmo_edge.manifest import (
+    FileRecord,
+    Manifest,
+    new_artifact,
+    record_file,
+    sha256_file,
+    write_manifest,
+)
+
+Progress = Callable[[str, int, int], None]
+
+TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
+_ROLES = {
+    LANGUAGE_FILE: "language",
+    VISION_FILE: "vision",
+    TOKENIZER_FILE: "tokenizer",
+    TEMPLATE_FILE: "chat_template",
+}
+# Metadata, manifest and file system blocks on top of tensors and tokenizer.
+_SPARE_BYTES = 32 << 20
+
+
+def export_checkpoint(
+    checkpoint: str | Path,
+    target: str,
+    output: Path,
+    *,
+    imatrix: Path | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Export a checkpoint folder, or ``"nano"``, to the artifact folder ``output``.
+
+    ``imatrix`` is an importance matrix file for targets that take one. ``progress`` receives
+    (stage, bytes done, bytes in all). Errors: UsageError, CheckpointError, CalibrationError,
+    ExportError; on any of them, and on Ctrl-C, nothing is left at or beside ``output``.
+    """
+    row = find_target(target)
+    if imatrix and not row.takes_imatrix:
+        raise UsageError(f"{row.name} is not changed by an importance matrix: leave --imatrix out")
+    report = progress or (lambda stage, done, total: None)
+    started = time.monotonic()
+    matrix = read_imatrix(imatrix) if imatrix else None
+    with open_checkpoint(checkpoint) as opened, new_artifact(output) as staging:
+        plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix))
+        _check_space(plan.data_bytes + Path(opened.tokenizer_path).stat().st_size, staging)
+        weights = write_files(plan, opened, matrix, report)
+        shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
+        (staging / TEMPLATE_FILE).write_text(opened.chat_template, encoding="utf-8", newline="")
+        report("checkpoint hash", 0, 1)
+        identity = opened.identity()
+        report("checkpoint hash", 1, 1)
+        manifest = Manifest(
+            target=row.name,
+            backend=row.backend,
+            model=_model_facts(opened),
+            coords=opened.coords,
+            preprocessing=opened.preprocessing.to_dict(),
+            files=_record_files(staging, report),
+            weights=weights,
+            checkpoint=dict(identity),
+            calibration=_calibration_record(imatrix, matrix),
+            exporter=_exporter(row, time.monotonic() - started),
+            certificate=None,
+            licence=stated_licence(Path(opened.path)),
+        )
+        written = write_manifest(staging, manifest)
+    return written.moved_to(output)
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    needed += _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExportError(
+            f"{folder.parent} has {free:,} bytes free, the artifact needs {needed:,}: "
+            "free some space or choose another output folder"
+        )
+
+
+def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    return {
+        "name": checkpoint.name,
+        "architecture": "qwen3vl",
+        "num_parameters": checkpoint.num_parameters(),
+        "vocab_size": config.text.vocab_size,
+        "tokenizer_length": checkpoint.load_tokenizer().length,
+        "eos_token_ids": list(config.eos_token_ids),
+        "image_token_id": config.image_token_id,
+        "vision_start_token_id": config.vision_start_token_id,
+        "vision_end_token_id": config.vision_end_token_id,
+        "image_token": "<|image_pad|>",
+        "max_positions": config.text.max_positions,
+        "num_layers": config.text.num_layers,
+        "num_kv_heads": config.text.num_kv_heads,
+        "head_dim": config.text.head_dim,
+        "hidden_size": config.text.hidden_size,
+        "deepstack_levels": len(config.vision.deepstack_indexes),
+        "generation": dict(checkpoint.generation),
+    }
+
+
+def _record_files(staging: Path, report: Progress) -> dict[str, FileRecord]:
+    total = sum((staging / name).stat().st_size for name in _ROLES)
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        report("file hashes", done, total)
+
+    return {name: record_file(staging / name, role, count) for name, role in _ROLES.items()}
+
+
+def _calibration_record(path: Path | None, imatrix: Imatrix | None) -> dict[str, Any] | None:
+    if path is None or imatrix is None:
+        return None
+    return {
+        "kind": "imatrix",
+        "file": path.name,
+        "sha256": sha256_file(path),
+        "datasets": list(imatrix.datasets),
+        "entries": len(imatrix.means),
+        "chunks": imatrix.chunk_count,
+    }
+
+
+def _exporter(target: Target, seconds: float) -> dict[str, Any]:
+    return {
+        "name": "medmo-edge",
+        "version": __version__,
+        "libraries": {name: _version(name) for name in ("gguf", "llama-cpp-python", "numpy")},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "weights": target.weights,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

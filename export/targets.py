@@ -1,0 +1,63 @@
+"""The targets of export: one row per format and precision, in the order a user would try them.
+
+Only what can be exported now is listed. The table says what a target is; how it is written is the
+business of the modules named after its format.
+"""
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from medmo_edge.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One row: ``weights`` names the storage of the language model's matrices.
+
+    ``needs_calibration`` names what an export cannot do without, ``takes_imatrix`` whether an
+    importance matrix changes the result, ``min_sm`` the oldest CUDA compute capability it runs on
+    (None: any device, CPU included).
+    """
+
+    name: str
+    backend: str
+    format: Literal["gguf"]
+    weights: str
+    needs_calibration: str | None = None
+    takes_imatrix: bool = False
+    min_sm: int | None = None
+
+
+def _gguf(weights: str, *, takes_imatrix: bool = False) -> Target:
+    return Target(
+        name=f"gguf-{weights}",
+        backend="llamacpp",
+        format="gguf",
+        weights=weights,
+        takes_imatrix=takes_imatrix,
+    )
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _gguf("f16"),
+        _gguf("bf16"),
+        _gguf("q8_0"),
+        _gguf("q6_k", takes_imatrix=True),
+        _gguf("q5_k_m", takes_imatrix=True),
+        _gguf("q4_k_m", takes_imatrix=True),
+        _gguf("iq4_xs", takes_imatrix=True),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """The row of a target name, in any case. Errors: UsageError listing what there is."""
+    target = TARGETS.get(name.lower())
+    if target:
+        return target
+    close = get_close_matches(name.lower(), TARGETS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise UsageError(f"unknown target {name!r}: {hint}choose one of {', '.join(TARGETS)}")
