@@ -1,0 +1,117 @@
+"""The text side of a loaded model: from a question to token ids, from an answer to boxes.
+
+Everything here comes from the artifact's manifest, tokenizer and chat template, so all backends get
+the same ids. It evaluates nothing. One question is one conversation: earlier questions about the
+same images are not shown to the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.boxes import Coords, Geometry
+from medmo_edge.errors import ArtifactError, CheckpointError
+from medmo_edge.images import Frame
+from medmo_edge.manifest import Manifest
+from medmo_edge.preprocess import Preprocessing, grid_thw, num_vision_tokens, resize
+from medmo_edge.prompts import ChatTemplate, check_user_text, encode_prompt, user_message
+from medmo_edge.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One image as the model sees it: uint8 pixels [H, W, 3], number of vision tokens, sizes."""
+
+    resized_HWC: NDArray[np.uint8]
+    num_tokens: int
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """How to talk to one model."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    preprocessing: Preprocessing
+    coords: Coords
+    image_token: str
+    image_token_id: int
+    vision_end_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_artifact(cls, manifest: Manifest) -> "Chat":
+        """Errors: ArtifactError when the manifest, tokenizer or template cannot be used."""
+        model = manifest.model
+        try:
+            tokenizer = Tokenizer.load(manifest.path_of("tokenizer"))
+            chat = cls(
+                tokenizer=tokenizer,
+                template=ChatTemplate(manifest.path_of("chat_template").read_text("utf-8")),
+                preprocessing=Preprocessing.from_dict(manifest.preprocessing),
+                coords=manifest.coords,  # type: ignore[arg-type]
+                image_token=model["image_token"],
+                image_token_id=model["image_token_id"],
+                vision_end_token_id=model["vision_end_token_id"],
+                eos_token_ids=tuple(model["eos_token_ids"]),
+            )
+        except (CheckpointError, KeyError, OSError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{manifest.folder}: {_line(error)}: export again") from error
+        if tokenizer.length != model.get("tokenizer_length"):
+            raise ArtifactError(
+                f"{manifest.folder}: tokenizer has {tokenizer.length} ids, manifest says "
+                f"{model.get('tokenizer_length')}: export again"
+            )
+        return chat
+
+    def picture(self, frame: Frame) -> Picture:
+        """Resize a frame. Errors: ImageError for sizes that the model cannot see."""
+        resized = resize(frame.pixels, self.preprocessing)
+        height, width = resized.shape[:2]
+        geometry = Geometry(
+            width=frame.source.width,
+            height=frame.source.height,
+            frame_width=frame.pixels.shape[1],
+            frame_height=frame.pixels.shape[0],
+            resized_width=width,
+            resized_height=height,
+        )
+        tokens = num_vision_tokens(grid_thw(height, width, self.preprocessing), self.preprocessing)
+        return Picture(resized_HWC=resized, num_tokens=tokens, geometry=geometry)
+
+    def prompt(self, question: str, pictures: Sequence[Picture]) -> tuple[list[int], list[int]]:
+        """Token ids of one question, cut after the last image: what a study keeps, and the rest.
+
+        The cut is at a special token, where tokens never merge. Errors: PromptError.
+        """
+        check_user_text(self.tokenizer, question)
+        messages = [user_message(question, len(pictures))]
+        counts = [picture.num_tokens for picture in pictures]
+        ids = encode_prompt(self.tokenizer, self.template, messages, counts, self.image_token)
+        cut = 0
+        if pictures:
+            cut = len(ids) - ids[::-1].index(self.vision_end_token_id)
+            cut = min(cut, len(ids) - 1)  # the rest gives the logits: it must not be empty
+        return ids[:cut], ids[cut:]
+
+    def segments(
+        self, ids: Sequence[int], pictures: Sequence[Picture]
+    ) -> list[list[int] | Picture]:
+        """``ids`` as runs of text tokens with the pictures in the places of their image tokens."""
+        pieces: list[list[int] | Picture] = []
+        done = 0
+        for picture in pictures:
+            start = ids.index(self.image_token_id, done)
+            pieces += [list(ids[done:start]), picture]
+            done = start + picture.num_tokens
+        pieces.append(list(ids[done:]))
+        return [piece for piece in pieces if isinstance(piece, Picture) or piece]
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"manifest.json lacks model entry {error}"
+    return " ".join(str(error).split())

@@ -1,0 +1,367 @@
+"""The llama.cpp backend: GGUF artifacts on the CPU.
+
+Text tokens and pixels come ready made, so llama.cpp neither tokenises nor resizes here: it would
+letterbox pictures, round sizes otherwise and limit their tokens, and boxes would shift. GPUs are
+not used, even by a library built for them.
+
+Cells and positions are counted apart: an image of n tokens takes n cells of the KV cache but
+advances the position only by the longer side of its token grid.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
+from medmo_edge.manifest import Manifest
+from medmo_edge.preprocess import Preprocessing
+from medmo_edge.runtime import llamacpp_native as native
+from medmo_edge.runtime.backends import START, Interrupted, Mark
+from medmo_edge.runtime.device import Device
+
+NAME = "llamacpp"
+_BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
+_FIRST_CELLS = 2048  # the KV cache grows by doubling from here
+_MAX_CELLS = 32768
+_MIN_CELLS = 1024
+_MAX_IMAGE_TOKENS = 1 << 20
+_OVERHEAD_BYTES = 300 << 20  # compute buffers, tokenizer, Python
+_IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
+_SEQUENCE = 0
+_ABORTED = 2  # llama_decode
+
+
+def unavailable() -> str | None:
+    """Why llama.cpp cannot be used on this machine, else None."""
+    return native.obstacle()
+
+
+def unsuited(manifest: Manifest, device: Device) -> str | None:
+    """Why this artifact does not fit this machine, else None."""
+    needed = _weight_bytes(manifest) + _MIN_CELLS * _cell_bytes(manifest) + _OVERHEAD_BYTES
+    if 0 < device.ram_available_bytes < needed:
+        return (
+            f"needs about {needed / 1e9:.1f} GB of memory, "
+            f"{device.ram_available_bytes / 1e9:.1f} GB are free: close programs, or export a "
+            "smaller target"
+        )
+    return None
+
+
+def describe() -> dict[str, Any]:
+    """Version of the library, for doctor."""
+    return {native.DISTRIBUTION: native.version()}
+
+
+def open(
+    manifest: Manifest,
+    device: Device,
+    *,
+    threads: int | None = None,
+    max_context: int | None = None,
+) -> "LlamaCpp":
+    """Load an artifact.
+
+    ``threads``: default the physical cores. ``max_context``: most tokens of one conversation,
+    default what memory allows up to 32768. Errors: ArtifactError when llama.cpp refuses a file,
+    BackendUnavailable when the library is missing or memory does not suffice.
+    """
+    return LlamaCpp(manifest, device, threads or device.cores, max_context)
+
+
+class LlamaCpp:
+    """One loaded GGUF pair; see ``Backend`` for the methods."""
+
+    name = NAME
+
+    def __init__(
+        self, manifest: Manifest, device: Device, threads: int, max_context: int | None
+    ) -> None:
+        self._library = native.load_library()
+        self._interrupt = native.Interrupt(self._library)
+        self._handles = native.Handles(self._library)
+        self._free = weakref.finalize(self, self._handles.free)
+        self._manifest = manifest
+        self._threads = threads
+        self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
+        self._end = START
+        self._capacity = 0
+        self.device = f"cpu ({device.cpu}, {threads} threads)"
+        self.max_cells = _max_cells(manifest, device, max_context)
+        try:
+            self._load(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, device: Device) -> None:
+        language, vision = (self._manifest.path_of(role) for role in ("language", "vision"))
+        # Reading into memory needs less of it than mapping, where repacked weights exist twice.
+        mmap = device.ram_available_bytes < 1.5 * _weight_bytes(self._manifest) + _OVERHEAD_BYTES
+        with self._work():
+            self._handles.model = native.open_model(
+                self._library, language, mmap=mmap, interrupt=self._interrupt
+            )
+        model = self._loaded(self._handles.model, language)
+        self._check_language(model, language)
+        with self._work():
+            self._handles.vision = native.open_vision(
+                self._library,
+                vision,
+                model,
+                threads=self._threads,
+                max_tokens=_MAX_IMAGE_TOKENS,
+                interrupt=self._interrupt,
+            )
+        self._loaded(self._handles.vision, vision)
+        self._open_context(min(_FIRST_CELLS, self.max_cells))
+
+    def _loaded(self, handle: int | None, path: Path) -> int:
+        if handle is None:
+            raise ArtifactError(
+                f"{path} is refused by llama.cpp: export again{self._library.messages.last()}"
+            )
+        return handle
+
+    def _check_language(self, model: int, path: Path) -> None:
+        llama, facts = self._library.llama, self._manifest.model
+        levels = 1 + facts["deepstack_levels"]
+        found = {
+            "vocabulary": llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),
+            "hidden size": llama.llama_model_n_embd(model),
+            "image embedding size": llama.llama_model_n_embd_inp(model),
+        }
+        stated = (facts["vocab_size"], facts["hidden_size"], facts["hidden_size"] * levels)
+        for (what, value), expected in zip(found.items(), stated, strict=True):
+            if value != expected:
+                raise ArtifactError(
+                    f"{path} has {what} {value}, the manifest says {expected}: export again"
+                )
+
+    def _open_context(self, cells: int) -> None:
+        model = self._require(self._handles.model)
+        with self._work():
+            self._handles.context = native.open_context(
+                self._library,
+                model,
+                cells=cells,
+                batch=_BATCH,
+                threads=self._threads,
+                interrupt=self._interrupt,
+            )
+        if self._handles.context is None:
+            raise BackendUnavailable(
+                f"llama.cpp cannot hold a context of {cells} tokens in memory"
+                f"{self._library.messages.last()}"
+            )
+        self._capacity = cells
+
+    def set_interrupt(self, hook: Callable[[], bool] | None) -> None:
+        """See ``Backend``."""
+        self._interrupt.hook = hook
+
+    def mark(self) -> Mark:
+        """See ``Backend``."""
+        return self._end
+
+    def rewind(self, mark: Mark) -> None:
+        """See ``Backend``."""
+        memory = self._library.llama.llama_get_memory(self._context())
+        if mark == START:
+            self._library.llama.llama_memory_clear(memory, False)
+        else:
+            self._library.llama.llama_memory_seq_rm(memory, _SEQUENCE, mark.position, -1)
+        self._end = mark
+
+    def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:
+        """See ``Backend``."""
+        if not ids:
+            raise ValueError("decode_tokens needs at least one token")
+        self._reserve(len(ids), len(ids))
+        start = self._end
+        for first in range(0, len(ids), _BATCH):
+            self._decode_batch(np.array(ids[first : first + _BATCH], dtype=np.int32), start)
+        logits = self._library.llama.llama_get_logits_ith(self._context(), -1)
+        size = self._manifest.model["vocab_size"]
+        copy: NDArray[np.float32] = np.ctypeslib.as_array(logits, (size,)).copy()
+        return copy
+
+    def _decode_batch(self, ids: NDArray[np.int32], start: Mark) -> None:
+        positions = np.arange(len(ids), dtype=np.int32) + np.int32(self._end.position)
+        batch = native.token_batch(self._library, ids, positions)
+        context = self._context()
+        with self._work():
+            code = self._library.llama.llama_decode(context, batch)
+        self._check(code, start, "text")
+        self._end = Mark(self._end.cells + len(ids), self._end.position + len(ids))
+
+    def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
+        """See ``Backend``."""
+        height, width = (side // self._preprocessing.factor for side in resized_HWC.shape[:2])
+        self._reserve(height * width, max(height, width))
+        mtmd = self._library.mtmd
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            self._evaluate(self._image_chunk(resized_HWC, chunks, height * width))
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+        self._end = Mark(self._end.cells + height * width, self._end.position + max(height, width))
+
+    def _image_chunk(self, pixels_HWC: NDArray[np.uint8], chunks: Any, num_tokens: int) -> Any:
+        """Hand the pixels to mtmd; of the pieces it makes, only the image itself is wanted."""
+        mtmd = self._library.mtmd
+        height, width = pixels_HWC.shape[:2]
+        pixels = np.ascontiguousarray(pixels_HWC)
+        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        bitmap = mtmd.mtmd_bitmap_init(width, height, data)
+        marker = mtmd.mtmd_default_marker()
+        text = mtmd.mtmd_input_text(marker, len(marker), False, True)
+        try:
+            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            vision = self._require(self._handles.vision)
+            code = mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(text), bitmaps, 1)
+        finally:
+            mtmd.mtmd_bitmap_free(bitmap)
+        pieces = [
+            mtmd.mtmd_input_chunks_get(chunks, index)
+            for index in range(mtmd.mtmd_input_chunks_size(chunks))
+        ]
+        images = [p for p in pieces if mtmd.mtmd_input_chunk_get_type(p) == _IMAGE_CHUNK]
+        sizes = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
+        if code != 0 or sizes != [num_tokens]:
+            raise GenerationError(
+                f"llama.cpp made {sizes} tokens of an image of {width} x {height} pixels, not "
+                f"{num_tokens}: it resized it again{self._library.messages.last()}"
+            )
+        return images[0]
+
+    def _evaluate(self, chunk: Any) -> None:
+        """Run the vision tower and append its embeddings to the context."""
+        mtmd, vision = self._library.mtmd, self._require(self._handles.vision)
+        start, position = self._end, ctypes.c_int32()
+        with self._work():
+            code = mtmd.mtmd_encode_chunk(vision, chunk)
+            stopped = self._interrupt.wanted()  # a stopped graph still reports success
+        self._check(_ABORTED if stopped else code, start, "image")
+        no_callback = mtmd.mtmd_helper_post_decode_callback(0)
+        with self._work():
+            code = mtmd.mtmd_helper_decode_image_chunk(
+                vision,
+                self._context(),
+                chunk,
+                mtmd.mtmd_get_output_embd(vision),
+                start.position,
+                _SEQUENCE,
+                _BATCH,
+                ctypes.byref(position),
+                no_callback,
+                None,
+            )
+        self._check(code, start, "image")
+
+    def _check(self, code: int, start: Mark, what: str) -> None:
+        """Turn a native result into our errors, with the state rolled back to ``start``."""
+        if code == 0:
+            return
+        self.rewind(start)
+        if code == _ABORTED:
+            raise Interrupted
+        raise GenerationError(
+            f"llama.cpp could not evaluate the {what} (code {code}){self._library.messages.last()}"
+        )
+
+    def _reserve(self, cells: int, positions: int) -> None:
+        """Make room, by a larger context if needed. Errors: GenerationError when there is none."""
+        needed = self._end.cells + cells
+        if needed > self.max_cells:
+            raise GenerationError(
+                f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or "
+                "fewer images, or a shorter question"
+            )
+        if self._end.position + positions > self._manifest.model["max_positions"]:
+            raise GenerationError(
+                f"the model knows only {self._manifest.model['max_positions']} positions"
+            )
+        if needed > self._capacity:
+            self._grow(needed)
+
+    def _grow(self, needed: int) -> None:
+        cells = self._capacity
+        while cells < needed:
+            cells *= 2
+        end, state, before = self._end, self.save(), self._capacity
+        self._handles.free_context()
+        try:
+            self._open_context(min(cells, self.max_cells))
+        except BackendUnavailable as error:
+            self._open_context(before)
+            raise GenerationError(f"{error}: use smaller or fewer images") from error
+        finally:
+            self.restore(state, end)
+
+    def save(self) -> NDArray[np.uint8]:
+        """See ``Backend``."""
+        llama, context = self._library.llama, self._context()
+        state = np.empty(llama.llama_state_seq_get_size(context, _SEQUENCE), dtype=np.uint8)
+        written = llama.llama_state_seq_get_data(context, _pointer(state), state.size, _SEQUENCE)
+        return state[:written]
+
+    def restore(self, state: NDArray[np.uint8], mark: Mark) -> None:
+        """See ``Backend``."""
+        self.rewind(START)
+        if mark == START:
+            return
+        if mark.cells > self._capacity:
+            self._grow(mark.cells)
+        llama, context = self._library.llama, self._context()
+        if not llama.llama_state_seq_set_data(context, _pointer(state), state.size, _SEQUENCE):
+            self.rewind(START)
+            raise GenerationError(
+                f"a kept study could not be restored{self._library.messages.last()}"
+            )
+        self._end = mark
+
+    def close(self) -> None:
+        """See ``Backend``."""
+        self._free()
+
+    def _work(self) -> Any:
+        self._library.messages.clear()
+        return self._interrupt.native_work()
+
+    def _context(self) -> int:
+        return self._require(self._handles.context)
+
+    def _require(self, handle: int | None) -> int:
+        if handle is None:
+            raise GenerationError("the backend is closed: load the artifact again")
+        return handle
+
+
+def _pointer(state: NDArray[np.uint8]) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    roles = ("language", "vision")
+    return sum(record["bytes"] for record in manifest.files.values() if record["role"] in roles)
+
+
+def _cell_bytes(manifest: Manifest) -> int:
+    """Bytes of the f16 KV cache per token."""
+    facts = manifest.model
+    return int(2 * 2 * facts["num_layers"] * facts["num_kv_heads"] * facts["head_dim"])
+
+
+def _max_cells(manifest: Manifest, device: Device, wanted: int | None) -> int:
+    """Tokens of the longest conversation: as asked, else half of the memory left by the weights."""
+    if wanted is not None:
+        return max(1, wanted)
+    spare = device.ram_available_bytes - _weight_bytes(manifest) - _OVERHEAD_BYTES
+    affordable = int(spare / 2 / _cell_bytes(manifest)) // 256 * 256
+    return max(_MIN_CELLS, min(_MAX_CELLS, affordable))

@@ -1,0 +1,297 @@
+"""llama.cpp below the backend: the library, its messages, its interrupts and its memory.
+
+Only the low-level interface of llama-cpp-python (``llama_cpp.llama_cpp`` and ``mtmd_cpp``, ctypes)
+is used. Native code never prints: one callback collects the messages of all three loggers, so that
+an error can quote the last one. Signals that arrive during native work stop it and are delivered
+afterwards; ctypes would swallow an exception raised inside a callback.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module, metadata
+from logging import getLogger
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from medmo_edge.errors import BackendUnavailable
+
+DISTRIBUTION = "llama-cpp-python"
+# The first release we know to interpolate Qwen3-VL's position table with align_corners, as
+# transformers does (llama.cpp #25781): with older ones boxes drift away from the image centre.
+MINIMUM_VERSION = (0, 3, 36)
+_REQUIRED = {
+    "llama_cpp.llama_cpp": (
+        "LLAMA_LOAD_MODE_MMAP",
+        "llama_get_memory",
+        "llama_log_set",
+        "llama_memory_seq_rm",
+        "llama_model_n_embd_inp",
+        "llama_set_abort_callback",
+        "llama_state_seq_set_data",
+    ),
+    "llama_cpp.mtmd_cpp": (
+        "mtmd_encode_chunk",
+        "mtmd_get_output_embd",
+        "mtmd_helper_decode_image_chunk",
+        "mtmd_helper_log_set",
+        "mtmd_log_set",
+    ),
+}
+_WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
+# Nodes of the vision graph computed between two looks at the interrupt hook.
+_NODES_PER_LOOK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The loaded ctypes modules (untyped, as ctypes is) and what they said."""
+
+    llama: Any
+    mtmd: Any
+    messages: "Messages"
+
+
+class Messages:
+    """Warnings and errors of native code, oldest dropped first; one per process."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=50)
+        self._level = 0
+
+    def receive(self, level: int, text: bytes | None, _: object) -> None:
+        """The logger callback: a message may come in pieces."""
+        self._level = self._level if level == _CONTINUED else level
+        line = (text or b"").decode("utf-8", "replace").strip()
+        if self._level in (_WARN, _ERROR) and line:
+            self._lines.append(line)
+
+    def clear(self) -> None:
+        """Forget what was said about earlier work."""
+        self._lines.clear()
+
+    def last(self) -> str:
+        """The last messages as the end of one line, empty when nothing was said."""
+        # The first error names the cause; what follows only says who passed it on.
+        causes = [line for line in self._lines if "error" in line.lower() or "fail" in line.lower()]
+        line = " ".join((causes or list(self._lines) or [""])[0].split())
+        return f" (llama.cpp: {line[:300]})" if line else ""
+
+
+def version() -> str | None:
+    """Installed version of llama-cpp-python, or None; imports nothing."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def obstacle() -> str | None:
+    """Why the library cannot be used here, else None; loads it when there is no other reason."""
+    installed = version()
+    if installed is None:
+        return f"{DISTRIBUTION} is not installed: pip install 'medmo-edge[llamacpp]'"
+    if _parse(installed) < MINIMUM_VERSION:
+        needed = ".".join(map(str, MINIMUM_VERSION))
+        return f"{DISTRIBUTION} {installed} places boxes wrongly: install {needed} or newer"
+    try:
+        load_library()
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    numbers = []
+    for part in text.split(".")[:3]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+@cache
+def load_library() -> Library:
+    """Import and initialise llama.cpp once per process.
+
+    Errors: BackendUnavailable when a library or symbol is missing.
+    """
+    _warn_about_spinning()
+    try:
+        llama, mtmd = (import_module(name) for name in _REQUIRED)
+    except Exception as error:  # ImportError, or RuntimeError / OSError from its own loader
+        raise BackendUnavailable(f"{DISTRIBUTION} does not load: {_line(error)}") from error
+    for module, names in zip((llama, mtmd), _REQUIRED.values(), strict=True):
+        for name in names:
+            if not hasattr(module, name):
+                raise BackendUnavailable(f"{DISTRIBUTION} {version()} has no {name}")
+    messages = Messages()
+    _keep_alive.append(llama.llama_log_callback(messages.receive))
+    for set_logger in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
+        set_logger(_keep_alive[-1], None)
+    llama.llama_backend_init()
+    return Library(llama, mtmd, messages)
+
+
+# Callbacks that native code may call until the process ends.
+_keep_alive: list[Any] = []
+
+
+def openmp_was_loaded_early() -> bool:
+    """Whether libgomp may have read its settings before this package could set GOMP_SPINCOUNT."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+        started_with = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return False
+    return "libgomp" in maps and b"GOMP_SPINCOUNT=" not in started_with
+
+
+def _warn_about_spinning() -> None:
+    if openmp_was_loaded_early():
+        getLogger("medmo_edge").info(
+            "an OpenMP runtime was loaded before llama.cpp: import medmo_edge first, or set "
+            "GOMP_SPINCOUNT=0 in the environment, else busy machines answer very slowly"
+        )
+
+
+class Interrupt:
+    """The question that native code asks again and again: stop now?
+
+    It answers yes when the hook says so or when a signal waits for delivery.
+    """
+
+    def __init__(self, library: Library) -> None:
+        self.hook: Callable[[], bool] | None = None
+        self._signalled: tuple[int, FrameType | None] | None = None
+        self._nodes = 0
+        #: ctypes callbacks: for text (``llama_set_abort_callback``), vision (``cb_eval``) and load
+        self.abort_callback = library.llama.ggml_abort_callback(lambda _: self.wanted())
+        self.eval_callback = library.llama.ggml_backend_sched_eval_callback(self._at_node)
+        self.progress_callback = library.llama.llama_progress_callback(
+            lambda _, __: not self.wanted()
+        )
+
+    def wanted(self) -> bool:
+        """Whether to stop now."""
+        return self._signalled is not None or (self.hook is not None and self.hook())
+
+    def _at_node(self, _: object, asked: bool, __: object) -> bool:
+        """Vision scheduler: ``asked`` selects the nodes after which it looks again."""
+        if not asked:
+            return not self.wanted()
+        self._nodes += 1
+        return self._nodes % _NODES_PER_LOOK == 0
+
+    @contextmanager
+    def native_work(self) -> Iterator[None]:
+        """Hold signals back during native work in the main thread; deliver them afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        held = {number: handler for number, handler in handlers.items() if callable(handler)}
+        for number in held:
+            signal.signal(number, self._remember)
+        try:
+            yield
+        finally:
+            for number, handler in held.items():
+                signal.signal(number, handler)
+            self._deliver(held)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = (number, frame)
+
+    def _deliver(self, handlers: dict[signal.Signals, Any]) -> None:
+        if self._signalled is not None:
+            number, frame = self._signalled
+            self._signalled = None
+            handlers[signal.Signals(number)](number, frame)
+
+
+class Handles:
+    """Native objects of one artifact, freed in the order of ownership: vision, context, model."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.model: int | None = None
+        self.context: int | None = None
+        self.vision: int | None = None
+
+    def free_context(self) -> None:
+        """Free the text context and its KV cache, if there is one."""
+        if self.context is not None:
+            self._library.llama.llama_free(self.context)
+            self.context = None
+
+    def free(self) -> None:
+        """Free everything; harmless when called again."""
+        if self.vision is not None:
+            self._library.mtmd.mtmd_free(self.vision)
+            self.vision = None
+        self.free_context()
+        if self.model is not None:
+            self._library.llama.llama_model_free(self.model)
+            self.model = None
+
+
+def open_model(library: Library, path: Path, *, mmap: bool, interrupt: Interrupt) -> int | None:
+    """Load the language file on the CPU; None when llama.cpp refuses it or was interrupted."""
+    llama = library.llama
+    parameters = llama.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
+    parameters.progress_callback = interrupt.progress_callback
+    model: int | None = llama.llama_model_load_from_file(os.fsencode(path), parameters)
+    return model
+
+
+def open_context(
+    library: Library, model: int, *, cells: int, batch: int, threads: int, interrupt: Interrupt
+) -> int | None:
+    """A context with an f16 KV cache of ``cells`` tokens; None when memory does not suffice."""
+    llama = library.llama
+    parameters = llama.llama_context_default_params()
+    parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = cells, batch, batch
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.offload_kqv = parameters.op_offload = False
+    parameters.abort_callback = interrupt.abort_callback
+    context: int | None = llama.llama_init_from_model(model, parameters)
+    return context
+
+
+def open_vision(
+    library: Library, path: Path, model: int, *, threads: int, max_tokens: int, interrupt: Interrupt
+) -> int | None:
+    """The vision tower; None when the file is refused. It never resizes up to ``max_tokens``."""
+    parameters = library.mtmd.mtmd_context_params_default()
+    parameters.use_gpu = parameters.print_timings = parameters.warmup = False
+    parameters.n_threads = threads
+    # Without flash attention a picture of 1024 tokens needs half as much time again, and 1 GB.
+    parameters.flash_attn_type = library.llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    # Its own limits would make llama.cpp resize, letterboxed, what we have already resized.
+    parameters.image_min_tokens, parameters.image_max_tokens = 1, max_tokens
+    parameters.cb_eval = interrupt.eval_callback
+    vision: int | None = library.mtmd.mtmd_init_from_file(os.fsencode(path), model, parameters)
+    return vision
+
+
+def token_batch(library: Library, ids: Any, positions: Any) -> Any:
+    """A llama_batch over two int32 arrays, which must stay alive; logits of the last token only."""
+    batch = library.llama.llama_batch()
+    batch.n_tokens = len(ids)
+    batch.token = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    batch.pos = positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+    return batch
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,105 @@
+"""Choosing the next token from logits, in numpy: the same for every backend.
+
+Order of the steps, as in transformers' generate: penalties, temperature, top-k, top-p, draw. There
+is no beam search and no grammar. Everything is float64 and one uniform number per token from
+numpy's PCG64, so equal logits and an equal seed give equal tokens on every machine.
+
+Shape suffix: V vocabulary.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.errors import GenerationError, UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw; temperature 0 takes the most likely token (the lowest id among equals).
+
+    ``repetition_penalty`` (> 1 discourages) counts prompt and answer, as transformers does;
+    ``presence_penalty`` is subtracted once from every token of the answer so far, as vLLM does.
+    Zero means off for ``top_k``. Errors: UsageError for values outside their range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature must be 0 or more": self.temperature >= 0,
+            "top_k must be 0 (off) or more": self.top_k >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+            "presence_penalty must be a finite number": np.isfinite(self.presence_penalty),
+            "seed must be 0 or more": self.seed >= 0,
+        }
+        for rule, holds in ranges.items():
+            if not holds:
+                raise UsageError(rule)
+
+
+class Sampler:
+    """Draws the tokens of one answer; ``vocabulary`` is the tokenizer's length.
+
+    Ids from ``vocabulary`` on are padding of the embedding table and are never drawn.
+    """
+
+    def __init__(self, sampling: Sampling, vocabulary: int, prompt_ids: Iterable[int] = ()) -> None:
+        self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+        self._seen = np.zeros(vocabulary, dtype=bool)
+        self._said = np.zeros(vocabulary, dtype=bool)
+        self._seen[[id for id in prompt_ids if id < vocabulary]] = True
+
+    def draw(self, logits_V: NDArray[np.float32]) -> int:
+        """The next token id. Errors: GenerationError when the logits are not numbers."""
+        scores_V = self._penalised(logits_V[: self._vocabulary].astype(np.float64))
+        if np.isnan(scores_V).any() or not np.isfinite(scores_V.max()):
+            raise GenerationError(
+                "the model returned logits that are not finite: export it again in a wider format"
+            )
+        if self._sampling.temperature == 0:
+            chosen = int(scores_V.argmax())
+        else:
+            chosen = self._random_choice(distribution(scores_V, self._sampling))
+        self._seen[chosen] = self._said[chosen] = True
+        return chosen
+
+    def _penalised(self, scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
+        penalty = self._sampling.repetition_penalty
+        if penalty != 1:
+            seen = scores_V[self._seen]
+            scores_V[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        scores_V[self._said] -= self._sampling.presence_penalty
+        return scores_V
+
+    def _random_choice(self, probabilities_V: NDArray[np.float64]) -> int:
+        cumulative = probabilities_V.cumsum()
+        point = self._random.random() * cumulative[-1]
+        chosen = int(np.searchsorted(cumulative, point, side="right"))
+        return min(chosen, int(np.flatnonzero(probabilities_V)[-1]))  # the product may round up
+
+
+def distribution(scores_V: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
+    """Probabilities [V] after temperature, top-k and top-p; zero for what was cut away."""
+    scores_V = (scores_V - scores_V.max()) / sampling.temperature  # shifted: no overflow
+    if 0 < sampling.top_k < scores_V.size:
+        kept = np.partition(scores_V, -sampling.top_k)[-sampling.top_k]
+        scores_V = np.where(scores_V < kept, -np.inf, scores_V)  # ties stay, as in transformers
+    weights_V = np.exp(scores_V)
+    probabilities_V = weights_V / weights_V.sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities_V, kind="stable")
+        before = np.cumsum(probabilities_V[order]) - probabilities_V[order]
+        probabilities_V[order[before >= sampling.top_p]] = 0
+        probabilities_V = probabilities_V / probabilities_V.sum()
+    return np.asarray(probabilities_V)

@@ -1,0 +1,378 @@
+"""Sessions: load an artifact, ask about images, get answers with boxes in source pixels.
+
+A session answers one question at a time; other threads wait for their turn. A study keeps the
+evaluated images, so that its second question costs only its own tokens; questions of one study do
+not see each other. Decoding images from files is not done here: ``medmo_edge.read_image`` is.
+"""
+
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from medmo_edge.boxes import Parsed, parse_boxes
+from medmo_edge.errors import GenerationError, UsageError
+from medmo_edge.images import Frame
+from medmo_edge.manifest import Manifest, read_manifest
+from medmo_edge.prompts import TASK_PROMPTS, locate_prompt
+from medmo_edge.runtime import fake
+from medmo_edge.runtime.answers import Answer, Provenance, Timings
+from medmo_edge.runtime.backends import Backend, Interrupted, open_backend
+from medmo_edge.runtime.chat import Chat
+from medmo_edge.runtime.device import probe
+from medmo_edge.runtime.generate import GenerationOptions, Limits, Outcome, generate
+from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
+from medmo_edge.runtime.sampling import Sampler
+
+__all__ = ["Answer", "GenerationOptions", "Session", "Stream", "Study", "load"]
+
+_SMALLEST_BUDGET_BYTES = 256 << 20
+_WAIT_SECONDS = 0.05  # between two looks at a waiting question's limits
+
+
+def load(
+    path: str | Path,
+    backend: str = "auto",
+    *,
+    verify: bool = True,
+    threads: int | None = None,
+    max_context: int | None = None,
+) -> "Session":
+    """Load an artifact folder, or ``fake:TEXT``, which answers TEXT to everything.
+
+    ``verify`` hashes the files against the manifest; ``threads``: default the physical cores;
+    ``max_context``: most tokens of one conversation, default what memory allows.
+    Errors: ArtifactError, BackendUnavailable (with every backend's reason), UsageError.
+    """
+    start = time.perf_counter()
+    for name, value in (("threads", threads), ("max_context", max_context)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be 1 or more")
+    if str(path).startswith(fake.PREFIX):
+        manifest = fake.artifact(str(path).removeprefix(fake.PREFIX))
+        chat = fake.chat()
+    else:
+        manifest = read_manifest(path, verify=verify)
+        chat = Chat.from_artifact(manifest)
+    device = probe()
+    options = {"threads": threads, "max_context": max_context}
+    opened = open_backend(manifest, device, backend, options)
+    return Session(
+        opened,
+        chat,
+        manifest,
+        budget_bytes=max(_SMALLEST_BUDGET_BYTES, device.ram_available_bytes // 4),
+        load_seconds=time.perf_counter() - start,
+    )
+
+
+class Stream(Iterator[str]):
+    """Pieces of one answer as they become final; joined they are ``answer.text``.
+
+    The answer advances only while pieces are taken. ``answer`` is None until the last one was.
+    Dropping or closing the stream gives its turn to the next question; so does another question
+    of the same thread.
+    """
+
+    answer: Answer | None = None
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._pieces: Generator[str, None, Answer] | None = None
+
+    def __next__(self) -> str:
+        if self._pieces is None:
+            raise StopIteration
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self.answer, self._pieces = end.value, None
+            raise
+
+    def cancel(self) -> None:
+        """End the answer with finish reason "cancelled", from any thread; then take the rest."""
+        self._limits.cancel()
+
+    def close(self) -> None:
+        """Give up the answer; ``answer`` stays None unless it was complete."""
+        if self._pieces is not None:
+            self._pieces.close()
+            self._pieces = None
+
+    def finish(self) -> Answer:
+        """Take all remaining pieces and return the answer.
+
+        Errors: GenerationError when the stream was closed before its end.
+        """
+        for _ in self:
+            pass
+        if self.answer is None:
+            raise GenerationError("the stream was closed, or another question took its turn")
+        return self.answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Study:
+    """Images that several questions are asked about; made by ``Session.study``."""
+
+    def __init__(self, session: "Session", frames: Sequence[Frame]) -> None:
+        self._session = session
+        self._sources = tuple(frame.source.to_dict() for frame in frames)
+        self._pictures = [session._chat.picture(frame) for frame in frames]
+        self._prefix: Prefix | None = None
+        self._closed = False
+
+    def ask(
+        self, question: str, *, options: GenerationOptions | None = None, **changes: Any
+    ) -> Answer:
+        """The answer to ``question``; ``changes`` are fields of GenerationOptions.
+
+        Errors: PromptError, GenerationError, UsageError.
+        """
+        return self.stream(question, options=options, **changes).finish()
+
+    def stream(
+        self, question: str, *, options: GenerationOptions | None = None, **changes: Any
+    ) -> Stream:
+        """The answer piece by piece; otherwise as ``ask``."""
+        if self._closed:
+            raise GenerationError("the study is closed: open it again with session.study")
+        ids, rest = self._session._chat.prompt(question, self._pictures)
+        if self._prefix is None or self._prefix.ids != ids:
+            self._forget()
+            self._prefix = Prefix(ids, self._session._chat.segments(ids, self._pictures))
+        return self._session._stream(self, self._prefix, rest, _options(options, changes))
+
+    def locate(self, target: str, **options: Any) -> Answer:
+        """Ask where ``target`` is, e.g. ``locate("nodule")``; see ``answer.boxes``."""
+        return self.ask(locate_prompt(target), **options)
+
+    def report(self, **options: Any) -> Answer:
+        """Ask for a radiology report."""
+        return self.ask(TASK_PROMPTS["report"], **options)
+
+    def caption(self, **options: Any) -> Answer:
+        """Ask for a description."""
+        return self.ask(TASK_PROMPTS["caption"], **options)
+
+    def close(self) -> None:
+        """Free what is kept of the images; harmless when called again."""
+        self._closed = True
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._prefix is not None:
+            self._session._prefixes.forget(self._prefix)
+            self._prefix = None
+
+    def _answer(self, outcome: Outcome, cost: Cost, prompt_tokens: int) -> Answer:
+        session = self._session
+        geometries = [picture.geometry for picture in self._pictures]
+        parsed = Parsed((), ())
+        if geometries:
+            parsed = parse_boxes(outcome.text, geometries, session._chat.coords)
+        return Answer(
+            text=outcome.text,
+            boxes=parsed.boxes,
+            rejected_boxes=parsed.rejected,
+            finish_reason=outcome.finish_reason,
+            timings=Timings(
+                load_seconds=session.load_seconds,
+                image_seconds=cost.image_seconds,
+                prefill_seconds=cost.text_seconds,
+                decode_seconds=outcome.seconds,
+                prompt_tokens=prompt_tokens,
+                new_tokens=outcome.num_tokens,
+                reused_tokens=cost.reused_tokens,
+            ),
+            provenance=session._provenance(self._sources),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):  # absent when a frame could not be resized
+            self.close()
+
+
+class Session:
+    """One loaded artifact; use it as a context manager, or call ``close``. Thread-safe."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        chat: Chat,
+        manifest: Manifest,
+        *,
+        budget_bytes: int,
+        load_seconds: float,
+    ) -> None:
+        self.manifest = manifest
+        self.load_seconds = load_seconds
+        self._backend = backend
+        self._chat = chat
+        self._prefixes = PrefixCache(backend, budget_bytes)
+        self._turn = threading.Lock()
+        self._holder: tuple[int, weakref.ref[Stream]] | None = None
+        self._closed = False
+
+    def study(self, images: Frame | Sequence[Frame]) -> Study:
+        """Images to ask several questions about, in the order the prompt shows them; may be none.
+
+        Errors: ImageError when an image's shape cannot be shown to the model.
+        """
+        self._require_open()
+        return Study(self, [images] if isinstance(images, Frame) else list(images))
+
+    def ask(self, images: Frame | Sequence[Frame], question: str, **options: Any) -> Answer:
+        """One question about images that are not kept; ``options`` as in ``Study.ask``."""
+        with self.study(images) as study:
+            return study.ask(question, **options)
+
+    def locate(self, images: Frame | Sequence[Frame], target: str, **options: Any) -> Answer:
+        """Ask where ``target`` is; see ``answer.boxes``."""
+        return self.ask(images, locate_prompt(target), **options)
+
+    def report(self, images: Frame | Sequence[Frame], **options: Any) -> Answer:
+        """Ask for a radiology report."""
+        return self.ask(images, TASK_PROMPTS["report"], **options)
+
+    def caption(self, images: Frame | Sequence[Frame], **options: Any) -> Answer:
+        """Ask for a description."""
+        return self.ask(images, TASK_PROMPTS["caption"], **options)
+
+    def close(self) -> None:
+        """Free the model's memory once the running answer has ended; harmless when called again."""
+        self._end_own_stream()
+        with self._turn:
+            self._closed = True
+            self._backend.close()
+
+    def _stream(
+        self, study: Study, prefix: Prefix, rest: list[int], options: GenerationOptions
+    ) -> Stream:
+        self._require_open()
+        total = len(prefix.ids) + len(rest)
+        if total >= self._backend.max_cells:
+            raise GenerationError(
+                f"the prompt has {total} tokens, the context holds {self._backend.max_cells}: use "
+                "smaller or fewer images, or a larger max_context"
+            )
+        limits = Limits(options)
+        stream = Stream(limits)
+        stream._pieces = self._run(weakref.ref(stream), study, prefix, rest, options, limits)
+        return stream
+
+    def _run(
+        self,
+        stream: weakref.ref[Stream],
+        study: Study,
+        prefix: Prefix,
+        rest: list[int],
+        options: GenerationOptions,
+        limits: Limits,
+    ) -> Generator[str, None, Answer]:
+        """The life of one answer, from waiting for the turn to the boxes."""
+        cost = Cost()
+        prompt_tokens = len(prefix.ids) + len(rest)
+        if not self._take_turn(stream, limits):
+            return study._answer(_nothing(limits), cost, prompt_tokens)
+        try:
+            self._require_open()
+            self._backend.set_interrupt(limits.interrupt)
+            outcome = yield from self._generate(prefix, rest, options, limits, cost)
+        finally:
+            self._backend.set_interrupt(None)
+            self._holder = None
+            self._turn.release()
+        return study._answer(outcome, cost, prompt_tokens)
+
+    def _generate(
+        self,
+        prefix: Prefix,
+        rest: list[int],
+        options: GenerationOptions,
+        limits: Limits,
+        cost: Cost,
+    ) -> Generator[str, None, Outcome]:
+        chat = self._chat
+        try:
+            self._prefixes.bring(prefix, cost)
+            start = time.perf_counter()
+            logits = self._backend.decode_tokens(rest)
+            cost.text_seconds += time.perf_counter() - start
+        except Interrupted:
+            return _nothing(limits)
+        sampler = Sampler(options, chat.tokenizer.length, prefix.ids + rest)
+        text = chat.tokenizer.stream()
+        return (
+            yield from generate(
+                self._backend, logits, sampler, text, chat.eos_token_ids, options, limits
+            )
+        )
+
+    def _take_turn(self, stream: weakref.ref[Stream], limits: Limits) -> bool:
+        """Wait until no other answer runs; False when the limits were reached first."""
+        self._end_own_stream()
+        while not self._turn.acquire(timeout=_WAIT_SECONDS):
+            if limits.reached():
+                return False
+        self._holder = threading.get_ident(), stream
+        return True
+
+    def _end_own_stream(self) -> None:
+        """Close this thread's unfinished stream, which would otherwise be waited for forever."""
+        holder = self._holder
+        if holder is not None and holder[0] == threading.get_ident():
+            running = holder[1]()
+            if running is not None:
+                running.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise GenerationError("the session is closed: load the artifact again")
+
+    def _provenance(self, sources: tuple[dict[str, Any], ...]) -> Provenance:
+        return Provenance(
+            backend=self._backend.name,
+            device=self._backend.device,
+            target=self.manifest.target,
+            manifest_sha256=self.manifest.sha256,
+            sources=sources,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
+    """Errors: UsageError for a name that is no option."""
+    try:
+        return replace(options or GenerationOptions(), **changes)
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from error
+
+
+def _nothing(limits: Limits) -> Outcome:
+    return Outcome("", limits.reached() or "cancelled", 0, 0.0)
