@@ -1,0 +1,134 @@
+"""DICOM files in: the parent side of a child process that parses, decodes and renders one frame.
+
+The child (``medmo_edge.dicom_child``) gets the open file as standard input, a memory limit and a
+deadline; a decoder that crashes, hangs or eats memory costs one error line. Nothing of the file is
+parsed in this process, and pydicom is not imported here. One child per frame: about a third of a
+second, mostly imports. Where no child can be started (a frozen application, an embedded
+interpreter), set MEDMO_EDGE_DICOM_IN_PROCESS=1: the budgets then hold, the memory limit and the
+deadline do not.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from typing import IO, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.errors import ImageError
+from medmo_edge.image_budgets import MAX_PIXELS, child_seconds
+
+IN_PROCESS = "MEDMO_EDGE_DICOM_IN_PROCESS"
+MAX_ANSWER_LINE = 2**20
+
+WindowRequest = str | int | tuple[float, float] | None
+
+
+def read_dicom(
+    file: BinaryIO, frame: int, window: WindowRequest
+) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """(uint8 [H, W, 3], values for a Source) of frame ``frame`` of an open DICOM file.
+
+    Errors: ImageError.
+    """
+    request = json.dumps({"frame": frame, "window": _checked(window)})
+    if os.environ.get(IN_PROCESS) == "1" or not sys.executable:
+        from medmo_edge.dicom_child import answer
+
+        reply, pixels = answer(file, request)
+    else:
+        reply, pixels = _ask_child(file, request)
+    if pixels is None:
+        raise ImageError(reply["error"])
+    source = reply["source"]
+    source["notes"] = tuple(source["notes"])
+    if pixels.ndim == 2:
+        pixels = np.repeat(pixels[:, :, np.newaxis], 3, axis=2)
+    return np.ascontiguousarray(pixels), source
+
+
+def _checked(window: object) -> object:
+    if window is None or isinstance(window, str | int) and not isinstance(window, bool):
+        return window
+    if isinstance(window, tuple | list) and len(window) == 2:
+        try:
+            return [float(value) for value in window]
+        except (TypeError, ValueError):
+            pass
+    raise ImageError(f"window {window!r} is no name, number or (center, width)")
+
+
+def _ask_child(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
+    seconds = child_seconds(os.fstat(file.fileno()).st_size)
+    file.seek(0)
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "medmo_edge.dicom_child", request, str(seconds)],
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # codecs write there what no user can use
+            env=_child_environment(),
+        )
+    except OSError as error:
+        raise ImageError(f"cannot start a process for decoding ({error})") from error
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        assert child.stdout is not None
+        reply = _receive(child.stdout)
+    finally:
+        timer.cancel()
+        child.kill()
+        child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+    if reply is None:
+        raise ImageError(_ending(child.returncode, late.is_set(), seconds))
+    return reply
+
+
+def _child_environment() -> dict[str, str]:
+    """The child finds the modules this process finds, and its libraries start no threads."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, **threads, "PYTHONPATH": path}
+
+
+def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], NDArray[np.uint8] | None] | None:
+    """The child's answer: one line of JSON, then the pixels; None when it ended before."""
+    line = pipe.readline(MAX_ANSWER_LINE)
+    if not line.endswith(b"\n"):
+        return None
+    reply: dict[str, Any] = json.loads(line)
+    shape = reply.get("shape")
+    if shape is None:
+        return reply, None
+    if shape[0] * shape[1] > MAX_PIXELS:
+        return None
+    pixels = np.empty(shape, np.uint8)
+    view = pixels.data.cast("B")
+    got = 0
+    while got < len(view):
+        count = pipe.readinto(view[got:])  # type: ignore[attr-defined]
+        if not count:
+            return None
+        got += count
+    return reply, pixels
+
+
+def _ending(code: int, late: bool, seconds: float) -> str:
+    if late:
+        return f"decoding took more than {seconds:.0f} s and was stopped"
+    if code > 0:
+        return f"the decoding process could not work (exit code {code})"
+    return f"the decoding process crashed (signal {-code}): the file is damaged"
