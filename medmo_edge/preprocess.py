@@ -1,9 +1,11 @@
-"""Images to vision patches: the Qwen3-VL image processor in numpy and Pillow, the only copy we have.
+"""Images to vision patches: the Qwen3-VL image processor in numpy and Pillow, our only copy.
 
 Training, calibration, evaluation and every backend call these functions, so an artifact sees an
 image exactly as its checkpoint did. Still images only: video is not handled. Source of the
-arithmetic: transformers, models/qwen2_vl/image_processing_qwen2_vl.py (smart_resize, patch order)
-and models/qwen3_vl/modeling_qwen3_vl.py (get_rope_index).
+arithmetic: transformers, models/qwen2_vl/image_processing_qwen2_vl.py (smart_resize, patch order,
+fused normalisation), its Pillow twin (the resize: same bytes with and without torchvision) and
+models/qwen3_vl/modeling_qwen3_vl.py (get_rope_index). benchmarks/preprocess_parity.py measures
+the difference to both reference processors.
 
 Shape suffixes: H W height and width in pixels, C channels, N patches, P values of one patch,
 L prompt tokens.
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from medmo_edge.errors import CheckpointError, ImageError
+from medmo_edge.errors import CheckpointError, ImageError, PromptError
 
 MAX_ASPECT_RATIO = 200
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json writes it
@@ -28,7 +30,7 @@ BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, as preprocessor_config.json writes 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Image processor parameters of one checkpoint; pixel limits count pixels of the resized image."""
+    """Image processor parameters of one checkpoint; pixel limits count pixels after the resize."""
 
     patch_size: int = 16
     temporal_patch_size: int = 2
@@ -42,16 +44,6 @@ class Preprocessing:
     def factor(self) -> int:
         """Side of one vision token in pixels; resized sides are multiples of it."""
         return self.patch_size * self.merge_size
-
-    @property
-    def min_tokens(self) -> int:
-        """Fewest vision tokens one image can take."""
-        return max(1, self.min_pixels // self.factor**2)
-
-    @property
-    def max_tokens(self) -> int:
-        """Most vision tokens one image can take."""
-        return self.max_pixels // self.factor**2
 
     @property
     def sha256(self) -> str:
@@ -97,6 +89,7 @@ class Preprocessing:
                 "from the checkpoint this one was trained from"
             ) from error
         _refuse_other_processing(config)
+        _check_values(values)
         return values
 
 
@@ -108,16 +101,32 @@ def _triple(values: Sequence[float]) -> tuple[float, float, float]:
 def _refuse_other_processing(config: Mapping[str, Any]) -> None:
     """A processor that skips a step or interpolates differently would shift boxes silently."""
     if config.get("resample", BICUBIC) not in (BICUBIC, None):
-        raise CheckpointError(f"image processor resample={config['resample']}, only bicubic (3) works")
+        raise CheckpointError(
+            f"image processor resample={config['resample']}, only bicubic (3) works"
+        )
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if config.get(step) is False:
-            raise CheckpointError(f"image processor has {step}=false, which this package cannot follow")
+            raise CheckpointError(
+                f"image processor has {step}=false, which this package cannot follow"
+            )
     if not math.isclose(config.get("rescale_factor") or 1 / 255, 1 / 255):
-        raise CheckpointError(f"image processor rescale_factor={config['rescale_factor']}, not 1/255")
+        raise CheckpointError(
+            f"image processor rescale_factor={config['rescale_factor']}, not 1/255"
+        )
+
+
+def _check_values(values: Preprocessing) -> None:
+    sizes = (values.patch_size, values.temporal_patch_size, values.merge_size, values.min_pixels)
+    if min(sizes) < 1 or values.max_pixels < values.min_pixels or min(values.image_std) <= 0:
+        raise CheckpointError(
+            "image processor config has sizes, pixel limits or std that cannot be"
+        )
 
 
 def smart_resize(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(height, width) in pixels that the model sees: multiples of ``factor`` within the pixel limits.
+    """(height, width) in pixels that the model sees: multiples of ``factor`` within the limits.
+
+    A very long image can exceed ``max_pixels``, because no side becomes shorter than ``factor``.
 
     Errors: ImageError for an empty image or an aspect ratio above 200.
     """
@@ -147,8 +156,8 @@ def resize(pixels_HWC: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArr
     new_height, new_width = smart_resize(height, width, preprocessing)
     if (new_height, new_width) == (height, width):
         return np.ascontiguousarray(pixels_HWC)
-    image = Image.fromarray(pixels_HWC, "RGB").resize((new_width, new_height), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    image = Image.fromarray(np.ascontiguousarray(pixels_HWC))
+    return np.asarray(image.resize((new_width, new_height), Image.Resampling.BICUBIC))
 
 
 def patchify(resized_HWC: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -190,8 +199,10 @@ def mrope_positions(
 ) -> tuple[NDArray[np.int64], int]:
     """Positions [3, L] (time, row, column) of a prompt and the rope delta for decoding.
 
-    ``token_ids`` holds one ``image_token_id`` per vision token, ``grids`` one (t, h, w) per image in
-    order. A decoded token at index i has position i + delta in all three rows.
+    ``token_ids`` holds one ``image_token_id`` per vision token, ``grids`` one (t, h, w) per image
+    in order. A decoded token at index i has position i + delta in all three rows.
+
+    Errors: PromptError when the image tokens are not exactly one unbroken run per image.
     """
     ids = np.asarray(token_ids)
     pieces: list[NDArray[np.int64]] = []
@@ -199,14 +210,17 @@ def mrope_positions(
     for grid in grids:
         found = np.flatnonzero(ids[start:] == image_token_id)
         rows, columns = grid[1] // merge_size, grid[2] // merge_size
-        if found.size < rows * columns:
-            raise ImageError("prompt has fewer image tokens than its images need")
+        run = found[: rows * columns]
+        if run.size < rows * columns or run[-1] - run[0] >= run.size:
+            raise PromptError(f"prompt needs {rows * columns} image tokens in a row for each image")
         pieces.append(_text_positions(int(found[0]), next_position))
         next_position += int(found[0])
         row, column = np.indices((rows, columns)).reshape(2, -1)
         pieces.append(np.stack([np.zeros_like(row), row, column]) + next_position)
         start += int(found[0]) + rows * columns
         next_position += max(rows, columns)
+    if np.any(ids[start:] == image_token_id):
+        raise PromptError(f"prompt has image tokens for more than its {len(grids)} images")
     pieces.append(_text_positions(len(ids) - start, next_position))
     next_position += len(ids) - start
     return np.concatenate(pieces, axis=1), next_position - len(ids)
