@@ -63,7 +63,7 @@ def export_checkpoint(
     matrix = read_imatrix(imatrix) if imatrix else None
     with open_checkpoint(checkpoint) as opened, new_artifact(output) as staging:
         plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix))
-        _check_space(plan.data_bytes + Path(opened.tokenizer_path).stat().st_size, staging)
+        _check_space(plan.data_bytes + opened.tokenizer_path.stat().st_size, staging)
         weights = write_files(plan, opened, matrix, report)
         shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
         (staging / TEMPLATE_FILE).write_text(opened.chat_template, encoding="utf-8", newline="")
@@ -82,7 +82,7 @@ def export_checkpoint(
             calibration=_calibration_record(imatrix, matrix),
             exporter=_exporter(row, time.monotonic() - started),
             certificate=None,
-            licence=stated_licence(Path(opened.path)),
+            licence=stated_licence(opened.path),
         )
         written = write_manifest(staging, manifest)
     return written.moved_to(output)
@@ -103,7 +103,7 @@ def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "name": checkpoint.name,
         "architecture": "qwen3vl",
-        "num_parameters": checkpoint.num_parameters(),
+        "num_parameters": checkpoint.num_parameters,
         "vocab_size": config.text.vocab_size,
         "tokenizer_length": checkpoint.load_tokenizer().length,
         "eos_token_ids": list(config.eos_token_ids),

@@ -17,12 +17,7 @@ from medmo_edge.calibration.imatrix import Imatrix
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import CalibrationError
 from medmo_edge.export.gguf_metadata import add_language_keys, add_vision_keys
-from medmo_edge.export.gguf_names import (
-    Planned,
-    check_tensors,
-    language_tensors,
-    vision_tensors,
-)
+from medmo_edge.export.gguf_names import Planned, plan_tensors
 from medmo_edge.export.gguf_quantise import Quantiser
 from medmo_edge.export.gguf_types import Mixture, language_type, vision_type, wanted_type
 from medmo_edge.export.gguf_write import Float16Overflow, GgufFile, write_gguf
@@ -57,8 +52,7 @@ def plan_gguf(
     are not exactly Qwen3-VL's, CalibrationError when the importance matrix is not this model's.
     """
     config = checkpoint.config
-    language, vision = language_tensors(config), vision_tensors(config)
-    check_tensors(checkpoint.tensors, [*language, *vision], config, str(checkpoint.path))
+    language, vision = plan_tensors(checkpoint)
     mixture = Mixture(
         weights=weights,
         num_layers=config.text.num_layers,

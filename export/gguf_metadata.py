@@ -5,6 +5,7 @@ manifest. Source: llama.cpp, conversion/base.py and conversion/qwen3vl.py.
 """
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from medmo_edge.checkpoint import Checkpoint, TextConfig
@@ -31,7 +32,7 @@ def add_language_keys(
     *,
     weights: str,
     size_label: str,
-    imatrix: dict[str, Any] | None = None,
+    imatrix: Mapping[str, Any] | None = None,
 ) -> None:
     """Keys of the language file; ``imatrix`` says where an importance matrix came from."""
     import gguf
@@ -80,7 +81,7 @@ def add_vision_keys(writer: "GGUFWriter", checkpoint: Checkpoint, *, size_label:
     writer.add_vision_is_deepstack_layers(layers)
 
 
-def _add_sampling(writer: "GGUFWriter", generation: dict[str, Any]) -> None:
+def _add_sampling(writer: "GGUFWriter", generation: Mapping[str, Any]) -> None:
     for key, method in _SAMPLING.items():
         value = generation.get(key)
         if value is not None:

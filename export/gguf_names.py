@@ -1,21 +1,52 @@
 """Which tensors the two GGUF files hold, and where in the checkpoint each comes from.
 
-The lists are made from the config, so a checkpoint with a missing, misshapen or unknown tensor is
-found before anything is written. Nothing is permuted or fused: llama.cpp reads Qwen3-VL's own
-layout. Source of the names: llama.cpp, conversion/qwen3vl.py and gguf-py/gguf/constants.py.
+Every tensor of the checkpoint is translated exactly once, or the export fails before it writes.
+Nothing is permuted or fused: llama.cpp reads Qwen3-VL's own layout. Source of the names: llama.cpp,
+conversion/qwen3vl.py and gguf-py/gguf/constants.py.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from medmo_edge.checkpoint import ModelConfig, TensorInfo, TextConfig, VisionConfig
+from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import ExportError
+from medmo_edge.model_config import expected_tensors
 
-_TEXT = "model.language_model."
-_VISION = "model.visual."
-_LM_HEAD = "lm_head.weight"
-# Buffers that some transformers versions saved although they follow from the config.
-_DERIVED_SUFFIX = ".rotary_emb.inv_freq"
+_TEXT, _VISION, _LM_HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
+
+_TEXT_NAMES = {
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_VISION_NAMES = {
+    "pos_embed": "v.position_embd",
+    "patch_embed.proj": "v.patch_embd",
+    "merger.norm": "v.post_ln",
+    "merger.linear_fc1": "mm.0",
+    "merger.linear_fc2": "mm.2",
+}
+_BLOCK_NAMES = {
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "attn.qkv": "attn_qkv",
+    "attn.proj": "attn_out",
+    "mlp.linear_fc1": "ffn_up",
+    "mlp.linear_fc2": "ffn_down",
+}
+_DEEPSTACK_NAMES = {"norm": "norm", "linear_fc1": "fc1", "linear_fc2": "fc2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,130 +70,77 @@ class Planned:
         return self.source_shape[:2] + self.source_shape[3:]
 
 
-def language_tensors(config: ModelConfig) -> list[Planned]:
-    """Tensors of the language file in layer order; ``output`` only when it is not tied."""
-    text = config.text
-    vocab = (text.vocab_size, text.hidden_size)
-    planned = [_planned("token_embd.weight", f"{_TEXT}embed_tokens.weight", vocab)]
-    for layer in range(text.num_layers):
-        for name, (source, shape) in _layer(text).items():
-            planned.append(
-                _planned(
-                    f"blk.{layer}.{name}.weight", f"{_TEXT}layers.{layer}.{source}.weight", shape
-                )
-            )
-    planned.append(_planned("output_norm.weight", f"{_TEXT}norm.weight", (text.hidden_size,)))
-    if not text.tie_word_embeddings:
-        planned.append(_planned("output.weight", _LM_HEAD, vocab))
-    return planned
+def plan_tensors(checkpoint: Checkpoint) -> tuple[list[Planned], list[Planned]]:
+    """Tensors of the language file and of the vision file, in the checkpoint's order.
 
-
-def vision_tensors(config: ModelConfig) -> list[Planned]:
-    """Tensors of the mmproj file: patches, positions, blocks, merger and deepstack mergers."""
-    vision = config.vision
-    hidden = vision.hidden_size
-    planned = _patch_tensors(vision)
-    positions = (vision.num_position_embeddings, hidden)
-    planned.append(_planned("v.position_embd.weight", f"{_VISION}pos_embed.weight", positions))
-    for block in range(vision.depth):
-        for name, (source, shape) in _vision_block(vision).items():
-            planned += _weight_and_bias(f"v.blk.{block}.{name}", f"blocks.{block}.{source}", shape)
-    wide = hidden * vision.merge_size**2
-    # The main merger normalises before the patches of a token are joined, deepstack's after.
-    planned += _weight_and_bias("v.post_ln", "merger.norm", (hidden,))
-    planned += _weight_and_bias("mm.0", "merger.linear_fc1", (wide, wide))
-    planned += _weight_and_bias("mm.2", "merger.linear_fc2", (vision.out_hidden_size, wide))
-    for number, layer in enumerate(vision.deepstack_indexes):
-        source = f"deepstack_merger_list.{number}"
-        name = f"v.deepstack.{layer}"  # llama.cpp counts by vision layer, not by merger
-        planned += _weight_and_bias(f"{name}.norm", f"{source}.norm", (wide,))
-        planned += _weight_and_bias(f"{name}.fc1", f"{source}.linear_fc1", (wide, wide))
-        fc2 = (vision.out_hidden_size, wide)
-        planned += _weight_and_bias(f"{name}.fc2", f"{source}.linear_fc2", fc2)
-    return planned
-
-
-def check_tensors(
-    tensors: Mapping[str, TensorInfo], planned: Sequence[Planned], config: ModelConfig, path: str
-) -> None:
-    """Every planned tensor is in the checkpoint in its shape, and nothing else is.
-
-    Errors: ExportError naming the first tensor that is missing, misshapen or unknown.
+    Errors: ExportError naming a tensor that has no place, or one that nothing provides.
     """
-    for each in planned:
-        info = tensors.get(each.source)
-        if info is None:
-            raise ExportError(
-                f"{path}: tensor {each.source} is missing: the checkpoint is incomplete"
-            )
-        if tuple(info.shape) != each.source_shape:
-            raise ExportError(
-                f"{path}: tensor {each.source} has shape {list(info.shape)}, "
-                f"its config says {list(each.source_shape)}: they are not from one model"
-            )
-    used = {each.source for each in planned}
-    if config.text.tie_word_embeddings:
-        used.add(_LM_HEAD)  # a copy of the embedding that some trainers save
-    for name in tensors:
-        if name not in used and not name.endswith(_DERIVED_SUFFIX):
-            raise ExportError(
-                f"{path}: tensor {name} belongs to no part of Qwen3-VL: "
-                "merge or remove what was added to the model"
-            )
+    language: list[Planned] = []
+    vision: list[Planned] = []
+    is_tied = checkpoint.config.text.tie_word_embeddings
+    for source, info in checkpoint.tensors.items():
+        if source == _LM_HEAD and is_tied:
+            continue  # a copy of the embedding that some trainers save
+        if source.startswith(_VISION):
+            vision += _vision_tensors(source, info.shape, checkpoint)
+        else:
+            name = _language_name(source, checkpoint.path)
+            language.append(Planned(name=name, source=source, source_shape=info.shape))
+    _check_complete(checkpoint, [*language, *vision])
+    return language, vision
 
 
-def _planned(name: str, source: str, shape: tuple[int, ...]) -> Planned:
-    return Planned(name=name, source=source, source_shape=shape)
+def _check_complete(checkpoint: Checkpoint, planned: list[Planned]) -> None:
+    provided = {each.source for each in planned}
+    for source in expected_tensors(checkpoint.config):
+        if source not in provided:
+            raise ExportError(f"{checkpoint.path}: tensor {source} is missing: copy it again")
+    if len({each.name for each in planned}) != len(planned):
+        raise ExportError(f"{checkpoint.path}: two tensors have the same place in the GGUF file")
 
 
-def _weight_and_bias(name: str, source: str, shape: tuple[int, ...]) -> list[Planned]:
-    source = _VISION + source
+def _language_name(source: str, path: Path) -> str:
+    if source == _LM_HEAD:
+        return "output.weight"
+    module = source.removeprefix(_TEXT).removesuffix(".weight")
+    kind, _, rest = module.partition(".")
+    if module in _TEXT_NAMES:
+        return f"{_TEXT_NAMES[module]}.weight"
+    layer, _, part = rest.partition(".")
+    if kind == "layers" and layer.isdecimal() and part in _LAYER_NAMES:
+        return f"blk.{layer}.{_LAYER_NAMES[part]}.weight"
+    raise _unknown(source, path)
+
+
+def _vision_tensors(source: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> list[Planned]:
+    module, _, suffix = source.removeprefix(_VISION).rpartition(".")
+    name = f"{_vision_name(module, source, checkpoint)}.{suffix}"
+    if name != "v.patch_embd.weight":
+        return [Planned(name=name, source=source, source_shape=shape)]
+    if shape[2] != 2:
+        raise ExportError(f"{checkpoint.path}: patches span {shape[2]} frames, llama.cpp knows 2")
     return [
-        _planned(f"{name}.weight", f"{source}.weight", shape),
-        _planned(f"{name}.bias", f"{source}.bias", shape[:1]),
+        Planned(name=name, source=source, source_shape=shape, frame=0),
+        Planned(name=f"{name}.1", source=source, source_shape=shape, frame=1),
     ]
 
 
-def _layer(text: TextConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    hidden, inner, head = text.hidden_size, text.intermediate_size, text.head_dim
-    queries, keys = text.num_heads * head, text.num_kv_heads * head
-    return {
-        "attn_norm": ("input_layernorm", (hidden,)),
-        "attn_q": ("self_attn.q_proj", (queries, hidden)),
-        "attn_q_norm": ("self_attn.q_norm", (head,)),
-        "attn_k": ("self_attn.k_proj", (keys, hidden)),
-        "attn_k_norm": ("self_attn.k_norm", (head,)),
-        "attn_v": ("self_attn.v_proj", (keys, hidden)),
-        "attn_output": ("self_attn.o_proj", (hidden, queries)),
-        "ffn_norm": ("post_attention_layernorm", (hidden,)),
-        "ffn_gate": ("mlp.gate_proj", (inner, hidden)),
-        "ffn_up": ("mlp.up_proj", (inner, hidden)),
-        "ffn_down": ("mlp.down_proj", (hidden, inner)),
-    }
+def _vision_name(module: str, source: str, checkpoint: Checkpoint) -> str:
+    if module in _VISION_NAMES:
+        return _VISION_NAMES[module]
+    kind, _, rest = module.partition(".")
+    number, _, part = rest.partition(".")
+    if kind == "blocks" and part in _BLOCK_NAMES:
+        return f"v.blk.{number}.{_BLOCK_NAMES[part]}"
+    if kind == "deepstack_merger_list" and part in _DEEPSTACK_NAMES:
+        # llama.cpp counts by vision layer, the checkpoint by merger.
+        layer = checkpoint.config.vision.deepstack_indexes[int(number)]
+        return f"v.deepstack.{layer}.{_DEEPSTACK_NAMES[part]}"
+    raise _unknown(source, checkpoint.path)
 
 
-def _vision_block(vision: VisionConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    hidden, inner = vision.hidden_size, vision.intermediate_size
-    return {
-        "ln1": ("norm1", (hidden,)),
-        "attn_qkv": ("attn.qkv", (3 * hidden, hidden)),
-        "attn_out": ("attn.proj", (hidden, hidden)),
-        "ln2": ("norm2", (hidden,)),
-        "ffn_up": ("mlp.linear_fc1", (inner, hidden)),
-        "ffn_down": ("mlp.linear_fc2", (hidden, inner)),
-    }
-
-
-def _patch_tensors(vision: VisionConfig) -> list[Planned]:
-    if vision.temporal_patch_size != 2:
-        raise ExportError(
-            f"temporal_patch_size is {vision.temporal_patch_size}: llama.cpp knows only 2"
-        )
-    size = vision.patch_size
-    source = f"{_VISION}patch_embed.proj.weight"
-    shape = (vision.hidden_size, vision.in_channels, 2, size, size)
-    return [
-        Planned(name="v.patch_embd.weight", source=source, source_shape=shape, frame=0),
-        Planned(name="v.patch_embd.weight.1", source=source, source_shape=shape, frame=1),
-        _planned("v.patch_embd.bias", f"{_VISION}patch_embed.proj.bias", (vision.hidden_size,)),
-    ]
+def _unknown(source: str, path: Path) -> ExportError:
+    return ExportError(
+        f"{path}: tensor {source} belongs to no part of Qwen3-VL: "
+        "merge or remove what was added to the model"
+    )

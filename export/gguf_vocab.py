@@ -35,7 +35,7 @@ class Vocabulary:
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     """The vocabulary of a checkpoint. Errors: ExportError when llama.cpp could not tokenise so."""
-    path = Path(checkpoint.tokenizer_path)
+    path = checkpoint.tokenizer_path
     content = _read_json(path)
     model = content.get("model") or {}
     if model.get("type") != "BPE":
@@ -107,7 +107,7 @@ def _pre_tokenizer(content: dict[str, Any], path: Path) -> str:
 
 def _special_ids(checkpoint: Checkpoint, added: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Ids of eos, padding and bos: the tokenizer's own choice before the config's."""
-    path = Path(checkpoint.path) / "tokenizer_config.json"
+    path = checkpoint.path / "tokenizer_config.json"
     config = _read_json(path) if path.is_file() else {}
     from_config = {
         "eos": next(iter(checkpoint.config.eos_token_ids), None),

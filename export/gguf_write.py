@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 # Float32 bytes of a block: large enough to keep all threads busy, small against any model.
 _BLOCK_BYTES = 64 << 20
 _ALIGNMENT = 32
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+}
 
 Count = Callable[[int], None]
 
@@ -91,10 +95,8 @@ def _write_head(writer: "GGUFWriter", file: GgufFile) -> None:
     for tensor in file.tensors:
         kind = gguf.GGMLQuantizationType[file.types[tensor.name]]
         shape: Sequence[int] = tensor.shape
-        # The gguf package wants byte shapes for everything that numpy has no type for.
-        dtype = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}.get(kind.name)
-        if dtype is None:
-            dtype = np.dtype(np.uint8)
+        dtype: np.dtype[Any] = _NUMPY_TYPES.get(kind.name, np.dtype(np.uint8))
+        if kind.name not in _NUMPY_TYPES:  # the gguf package wants these as shapes of bytes
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
         writer.add_tensor_info(tensor.name, shape, dtype, file.bytes_of(tensor), raw_dtype=kind)
     writer.write_header_to_file()
