@@ -139,7 +139,8 @@ def _to_units(low: float, high: float, side: int, limit: int) -> tuple[int, int]
     first, last = (min(limit, max(0, round(value * limit / side))) for value in (low, high))
     if last > first:
         return first, last
-    return (first, first + 1) if first < limit else (limit - 1, limit)
+    middle = min(limit - 1, max(0, math.floor((low + high) / 2 * limit / side)))
+    return middle, middle + 1
 
 
 def format_boxes(label: str, rows: Iterable[Sequence[int]]) -> str:
@@ -239,7 +240,7 @@ def _read_rows(body: str, *, cut: bool) -> tuple[tuple[tuple[float, ...], ...], 
     """Rows of four between brackets of any balance; ``cut``: the answer ends inside ``body``."""
     rows: list[tuple[float, ...]] = []
     problems: list[str] = []
-    pieces = _BRACKETS.split(body)
+    pieces = _BRACKETS.split(body) if body else []
     for index, piece in enumerate(pieces):
         values = [float(value) for value in _NUMBER.findall(piece)]
         if not values:
@@ -299,6 +300,8 @@ def _image_named(prose: str, num_images: int, current: int) -> int:
 def _clean_label(prose: str, several_images: bool) -> str:
     """The finding's name at the end of ``prose``, without list numbers, markup, joining words."""
     line = prose[-4 * MAX_LABEL :].rstrip().rpartition("\n")[2]
+    if not line:
+        return ""
     line = _MARKUP.sub("", _IMAGE.sub("", line) if several_images else line)
     ends = list(_SENTENCE_END.finditer(line))
     line = line[ends[-1].end() :] if ends else line
