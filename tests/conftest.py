@@ -153,6 +153,29 @@ def tiny_untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny_checkpoint`` exported to gguf-f16. Do not write into it."""
+    return _export(tiny_checkpoint, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_artifact(
+    tiny_untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``tiny_untied_checkpoint`` exported to gguf-f16. Do not write into it."""
+    return _export(tiny_untied_checkpoint, tmp_path_factory)
+
+
+def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf", reason="exporting needs the export extra")
+    from medmo_edge.export.export import export_checkpoint
+
+    artifact = tmp_path_factory.mktemp("artifacts") / checkpoint.name
+    export_checkpoint(checkpoint, "gguf-f16", artifact)
+    return artifact
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test that looks beyond this machine fails, even when the code it tests hides the error."""

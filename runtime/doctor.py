@@ -1,0 +1,113 @@
+"""What ``medmo-edge doctor`` reports: this machine, the backends, and why each can or cannot run.
+
+It only looks: nothing is installed, repaired, measured or sent anywhere.
+"""
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from medmo_edge import __version__
+from medmo_edge.manifest import read_manifest
+from medmo_edge.runtime.backends import BACKENDS, choose
+from medmo_edge.runtime.device import Device, library_versions, probe
+
+# Variables that keep libraries silent on the network, or OpenMP from spinning; see medmo_edge.
+_SETTINGS = (
+    "DO_NOT_TRACK",
+    "GOMP_SPINCOUNT",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "HF_HUB_OFFLINE",
+    "ORT_DISABLE_TELEMETRY",
+    "ORT_TELEMETRY_DISABLED",
+    "TRANSFORMERS_OFFLINE",
+)
+
+
+def doctor(artifact: str | Path | None = None) -> dict[str, Any]:
+    """Findings as JSON values: version, device, libraries, settings, backends, artifact, warnings.
+
+    ``backends`` are in the order in which they would be tried, for ``artifact`` if one is given.
+    Errors: ArtifactError when the artifact is incomplete or changed.
+    """
+    manifest = None if artifact is None else read_manifest(artifact)
+    device = probe()
+    choices = choose(manifest, device)
+    libraries = library_versions()
+    for module in map(import_module, BACKENDS.values()):
+        libraries.update(module.describe())
+    return {
+        "version": __version__,
+        "device": device.to_dict(),
+        "libraries": dict(sorted(libraries.items())),
+        "settings": {name: os.environ.get(name) for name in _SETTINGS},
+        "backends": [
+            {"name": each.name, "can_run": each.obstacle is None, "reason": each.reason}
+            for each in choices
+        ],
+        "artifact": manifest
+        and {
+            "path": str(manifest.folder),
+            "target": manifest.target,
+            "model": manifest.model.get("name"),
+            "manifest_sha256": manifest.sha256,
+            "certified": manifest.certificate is not None,
+        },
+        "warnings": _warnings(libraries, device),
+    }
+
+
+def _warnings(libraries: dict[str, str | None], device: Device) -> list[str]:
+    found = []
+    if libraries["onnxruntime"] and libraries["onnxruntime-gpu"]:
+        found.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "uninstall both, then install one"
+        )
+    if os.environ.get("GOMP_SPINCOUNT") != "0":
+        found.append("GOMP_SPINCOUNT is not 0: on a busy machine answers can be very slow")
+    if "avx2" not in device.features and "neon" not in device.features:
+        found.append("the CPU has neither AVX2 nor NEON: answers will be slow")
+    return found
+
+
+def format_findings(findings: dict[str, Any]) -> str:
+    """The findings as a table for people."""
+    device, artifact = findings["device"], findings["artifact"]
+    rows = [
+        ("medmo-edge", findings["version"]),
+        ("system", device["system"]),
+        ("cpu", f"{device['cpu']}, {device['cores']} cores, {' '.join(device['features'])}"),
+        ("memory", f"{_gb(device['ram_bytes'])}, {_gb(device['ram_available_bytes'])} available"),
+        ("gpu", "; ".join(map(_gpu, device["cuda"])) or "no CUDA GPU"),
+    ]
+    if device["jetson"]:
+        jetson = device["jetson"]
+        rows.append(("jetson", f"{jetson['model']}, L4T {jetson['l4t']}"))
+    installed = [f"{name} {value}" for name, value in findings["libraries"].items() if value]
+    rows.append(("libraries", ", ".join(installed)))
+    settings = (f"{name}={value}" for name, value in findings["settings"].items())
+    rows.append(("settings", " ".join(settings)))
+    if artifact:
+        certified = "certified" if artifact["certified"] else "not certified"
+        rows.append(
+            (
+                "artifact",
+                f"{artifact['path']} ({artifact['model']}, {artifact['target']}, {certified})",
+            )
+        )
+    for backend in findings["backends"]:
+        state = "yes" if backend["can_run"] else "no"
+        rows.append((f"backend {backend['name']}", f"{state}: {backend['reason']}"))
+    rows += [("warning", warning) for warning in findings["warnings"]]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, SM {gpu['sm']}, {_gb(gpu['memory_bytes'])}"
