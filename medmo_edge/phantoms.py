@@ -5,8 +5,8 @@ fact is exact, because the lesion was put there. They do not simulate X-ray phys
 patient; a model that reads phantoms has proved nothing about radiographs.
 
 Drawing works in fractions: u = x / width and v = y / height in [0, 1], brightness in [0, 1] with
-dense tissue bright (MONOCHROME2). Anatomy, findings and noise have a random stream each, so the same
-seed without findings is the same chest, healthy.
+dense tissue bright (MONOCHROME2). Anatomy, findings and noise have a random stream each, so the
+same seed without findings is the same chest, healthy.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ Map = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phantom:
-    """One drawn radiograph: pixels [H, W] uint8, lesion boxes in its pixels, and what is true of it.
+    """One drawn radiograph: pixels [H, W] uint8, boxes in its pixels, and what is true of it.
 
     ``boxes`` holds the findings (nodule, effusion), ``anatomy`` the heart. ``facts``: "nodules" and
     "effusions" (counts), "heart_enlarged" (bool), "cardiothoracic_ratio" (float).
@@ -64,12 +64,15 @@ def draw(
 ) -> Phantom:
     """Draw the phantom of ``seed`` at ``size`` (width, height) in pixels.
 
-    ``nodule``, ``effusion`` and ``heart_enlarged`` force a finding; None leaves it to the seed (each
-    present in one of two, one of three and one of three phantoms). Errors: ValueError below 64 pixels.
+    ``nodule``, ``effusion`` and ``heart_enlarged`` force a finding; None leaves it to the seed
+    (present in one of two, one of three and one of three phantoms). ``nodule_diameter`` is its
+    range as a part of the width. Errors: ValueError below 64 pixels a side.
     """
     width, height = size
     if min(width, height) < MIN_SIDE:
-        raise ValueError(f"a phantom needs at least {MIN_SIDE} pixels a side, not {width} x {height}")
+        raise ValueError(
+            f"a phantom needs at least {MIN_SIDE} pixels a side, not {width} x {height}"
+        )
     anatomy, findings, noise = (
         np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(3)
     )
@@ -99,11 +102,8 @@ def draw(
 
 
 def _lay_out(rng: np.random.Generator, width: int, height: int, enlarged: bool) -> _Chest:
-    v, u = np.meshgrid(
-        (np.arange(height, dtype=np.float32) + 0.5) / height,
-        (np.arange(width, dtype=np.float32) + 0.5) / width,
-        indexing="ij",
-    )
+    v: Map = np.tile(((np.arange(height) + 0.5) / height)[:, None], width).astype(np.float32)
+    u: Map = np.tile((np.arange(width) + 0.5) / width, (height, 1)).astype(np.float32)
     axis = 0.5 + rng.uniform(-0.03, 0.03)
     half = rng.uniform(0.36, 0.42)  # from the spine to the inner chest wall
     top, length = rng.uniform(0.10, 0.16), rng.uniform(0.58, 0.68)
@@ -164,7 +164,7 @@ def _ribs(chest: _Chest, rng: np.random.Generator) -> Map:
     collar = 0.13 - 0.07 * away + rng.uniform(-0.01, 0.01)
     bones = _band(chest.v - collar, 0.012) * (away > 0.15)
     arches = ribs * (away > 0.12) * (away < 1.12) * rng.uniform(0.06, 0.10)
-    return (arches + 0.13 * bones * (away < 1.2)).astype(np.float32)
+    return np.asarray(arches + 0.13 * bones * (away < 1.2), np.float32)
 
 
 def _vessels(chest: _Chest, rng: np.random.Generator) -> Map:
@@ -214,14 +214,14 @@ def _nodule(
 
 
 def _expose(picture: Map, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Detector side: contrast, slow shading, grain that does not depend on the size, quantisation."""
+    """Detector side: contrast, slow shading, grain as coarse at any size, quantisation."""
     height, width = picture.shape
     gain, gamma = rng.uniform(0.95, 1.15), rng.uniform(0.85, 1.15)
     shading = _stretch(rng.normal(0, 0.012, (7, 6)), height, width)
     grain = _stretch(rng.normal(0, 0.010, (160, 144)), height, width)
     value = np.clip(picture * gain + shading + grain, 0, 1) ** gamma
     value = value + rng.normal(0, 0.008, picture.shape)
-    return np.clip(np.rint(value * 255), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(value * 255), 0, 255), np.uint8)
 
 
 def _stretch(coarse: NDArray[np.float64], height: int, width: int) -> Map:
@@ -233,24 +233,24 @@ def _stretch(coarse: NDArray[np.float64], height: int, width: int) -> Map:
     right = np.minimum(left + 1, coarse.shape[1] - 1)
     across = coarse[:, left] * (1 - (columns - left)) + coarse[:, right] * (columns - left)
     down = (rows - top)[:, None]
-    return (across[top] * (1 - down) + across[bottom] * down).astype(np.float32)
+    return np.asarray(across[top] * (1 - down) + across[bottom] * down, np.float32)
 
 
 def _ellipse(u: Map, v: Map, center_u: float, center_v: float, half_u: float, half_v: float) -> Map:
     """Relative distance to an ellipse: -1 in the middle, 0 on the line."""
     inner = ((u - center_u) / half_u) ** 2 + ((v - center_v) / half_v) ** 2
-    return (np.sqrt(inner) - 1).astype(np.float32)
+    return np.asarray(np.sqrt(inner) - 1, np.float32)
 
 
 def _soft(distance: Map, edge: float) -> Map:
     """1 inside (negative distance), 0 outside, a logistic edge between."""
-    return (1 / (1 + np.exp(np.clip(distance / edge, -30, 30)))).astype(np.float32)
+    return np.asarray(1 / (1 + np.exp(np.clip(distance / edge, -30, 30))), np.float32)
 
 
 def _band(distance: Map, half: float) -> Map:
     """A flat-topped stripe of half width ``half``."""
     square = (distance / half) ** 2
-    return np.exp(-square * square)  # type: ignore[no-any-return]
+    return np.exp(-square * square)
 
 
 def _box_of(label: str, mask: NDArray[np.bool_]) -> Box:
@@ -264,7 +264,11 @@ def _heart_box(chest: _Chest) -> Box:
     height, width = chest.u.shape
     u, v, half_u, half_v = chest.heart
     return Box(
-        HEART, (u - half_u) * width, (v - half_v) * height, (u + half_u) * width, (v + half_v) * height
+        HEART,
+        (u - half_u) * width,
+        (v - half_v) * height,
+        (u + half_u) * width,
+        (v + half_v) * height,
     )
 
 

@@ -1,0 +1,175 @@
+"""Drawing a batch and learning from it: AdamW, cosine, bf16 autocast, on a CPU.
+
+Every row of every step draws from its own seed, so a resumed run sees what an uninterrupted one
+would. Several processes, packing over rows and reinforcement are not here.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medmo_edge.preprocess import Preprocessing
+from medmo_edge.train.auxiliary import Targets, dense_loss, dense_targets
+from medmo_edge.train.collator import Batch, Row, collate, encode_row, see
+from medmo_edge.train.questions import Turn, sample_turns
+from medmo_edge.train.recipe import MERGE, OptimizerSpec, Recipe
+from medmo_edge.train.scenes import Scene, augment, chest_scene, vary_resolution
+from medmo_edge.train.vocabulary import SpecialIds
+from medmo_edge.train.writer import COORDS, processing
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import Qwen3VLForConditionalGeneration
+
+CHAINED = 0.15  # part of the questions that follow another one in the same conversation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """Draws the rows of a step from the training scenes."""
+
+    recipe: Recipe
+    blood: Sequence[Scene]
+    tokenizer: "Tokenizer"
+    ids: SpecialIds
+
+    def batch(self, step: int) -> tuple[Batch, list[Targets]]:
+        """The batch of ``step`` with its dense targets, the same on every call."""
+        phase = self.recipe.phase_at(step)
+        drawn = [self._row(step, place, processing(phase)) for place in range(phase.rows)]
+        return collate([row for row, _ in drawn], self.ids), [dense for _, dense in drawn]
+
+    def _row(self, step: int, place: int, limits: Preprocessing) -> tuple[Row, Targets]:
+        rng = np.random.default_rng([self.recipe.seed, step, place])
+        view = augment(self.scene(rng), rng)
+        picture = see(view.pixels, vary_resolution(limits, rng))
+        turns = sample_turns(view, picture.geometry, COORDS, rng)
+        row = encode_row(
+            self.tokenizer,
+            self.ids,
+            picture,
+            chain(turns, rng),
+            self.recipe.phase_at(step).turn_tokens,
+            MERGE,
+        )
+        _, height, width = picture.grid
+        return row, dense_targets(view.boxes, picture.geometry, height // MERGE, width // MERGE)
+
+    def scene(self, rng: np.random.Generator) -> Scene:
+        """A training scene before augmentation."""
+        if self.blood and rng.random() < self.recipe.data.blood_share:
+            return self.blood[int(rng.integers(len(self.blood)))]
+        return chest_scene(int(rng.integers(self.recipe.data.phantoms)))
+
+
+def chain(turns: Iterator[Turn], rng: np.random.Generator) -> Iterator[list[Turn]]:
+    """Most questions alone, some as the second of a conversation."""
+    waiting: list[Turn] = []
+    for turn in turns:
+        waiting.append(turn)
+        if len(waiting) == 2 or rng.random() > CHAINED:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """Model, dense head and optimiser of a run; ``step`` takes one batch."""
+
+    model: "Qwen3VLForConditionalGeneration"
+    head: "torch.nn.Module"
+    optimizer: "torch.optim.Optimizer"
+    recipe: Recipe
+
+    def step(self, number: int, batch: Batch, dense: list[Targets]) -> dict[str, float]:
+        """Learn from ``batch`` as step ``number``; gives the two losses and the gradient norm."""
+        import torch
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, self.recipe.num_steps, self.recipe.optimizer)
+        with torch.autocast("cpu", torch.bfloat16):
+            answers, vision = self._forward(batch)
+            outputs = self.head(vision)
+        aux = dense_loss(outputs, dense, self.recipe.auxiliary)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(answers + aux)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.parameters(), self.recipe.optimizer.clip_norm, foreach=True
+        )
+        self.optimizer.step()
+        return {"loss": answers.item(), "aux": aux.item(), "norm": norm.item()}
+
+    def parameters(self) -> "list[torch.nn.Parameter]":
+        """Everything that learns."""
+        return [*self.model.parameters(), *self.head.parameters()]
+
+    def _forward(self, batch: Batch) -> "tuple[torch.Tensor, torch.Tensor]":
+        """Weighted answer loss, and the vision tokens [T, width] for the dense head."""
+        seen: list[torch.Tensor] = []
+        tower: Any = self.model.model.visual
+        hook = tower.register_forward_hook(lambda _, __, output: seen.append(output.pooler_output))
+        try:
+            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        finally:
+            hook.remove()
+        return answer_loss(hidden, self.model.lm_head, batch), seen[0]
+
+    def state(self) -> dict[str, Any]:
+        """State dicts by name, for ``save_step``."""
+        return {
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state`` gave."""
+        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def answer_loss(hidden: "torch.Tensor", lm_head: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
+    """Weighted mean cross-entropy of the next token, only where there is a label.
+
+    Branches begin with a question, so no label is ever predicted from another branch's last token.
+    """
+    import torch
+
+    wanted = batch.labels[:, 1:] != -100
+    logits = lm_head(hidden[:, :-1][wanted]).float()
+    losses = torch.nn.functional.cross_entropy(
+        logits, batch.labels[:, 1:][wanted], reduction="none"
+    )
+    weights = batch.weights[:, 1:][wanted]
+    return (losses * weights).sum() / weights.sum()
+
+
+def build_optimizer(
+    modules: "Sequence[torch.nn.Module]", spec: OptimizerSpec
+) -> "torch.optim.Optimizer":
+    """AdamW with weight decay on matrices only."""
+    import torch
+
+    parameters = [p for module in modules for p in module.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    first, second = spec.betas
+    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(first, second), fused=True)
+
+
+def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
+    """Linear warm-up, then a cosine to ``final_fraction`` of the peak."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    part = (step - spec.warmup_steps) / max(1, num_steps - spec.warmup_steps)
+    wave = (1 + math.cos(math.pi * min(1.0, part))) / 2
+    return spec.learning_rate * (spec.final_fraction + (1 - spec.final_fraction) * wave)

@@ -1,0 +1,178 @@
+"""Run a recipe from beginning to end, or on from where it stopped.
+
+The output folder holds ``step-*`` (resumable), ``log.jsonl`` (a line per step and per look at
+held-out pictures) and ``checkpoint`` (written at every look and at the end). One process, one
+machine.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmo_edge.errors import UsageError
+from medmo_edge.train.architecture import build_model
+from medmo_edge.train.auxiliary import build_head
+from medmo_edge.train.blood import read_blood
+from medmo_edge.train.collator import see
+from medmo_edge.train.interrupt import stop_requests
+from medmo_edge.train.loop import Sampler, Trainer, build_optimizer
+from medmo_edge.train.questions import sample_turns
+from medmo_edge.train.recipe import Recipe, load_recipe
+from medmo_edge.train.scenes import Scene, chest_scene
+from medmo_edge.train.state import load_step, save_step
+from medmo_edge.train.steps_bar import step_bar
+from medmo_edge.train.vocabulary import special_ids, train_tokenizer
+from medmo_edge.train.watch import Asker, look
+from medmo_edge.train.writer import COORDS, processing, write_checkpoint
+
+HELD_OUT_SEED = 1_000_000  # phantoms from here on are never trained on
+CORPUS = 3000  # scenes whose questions and answers the tokenizer is trained on
+
+
+def train(
+    recipe_name: str | Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    data: Path | None = None,
+    max_steps: int | None = None,
+) -> Path:
+    """Train a packaged recipe ("nano", "smoke") or a TOML file; gives the checkpoint's folder.
+
+    ``data`` holds ``bccd/`` (default: environment variable MEDMO_EDGE_DATA). ``max_steps`` stops
+    early, resumably. Ctrl-C finishes and saves the step, then raises KeyboardInterrupt. Errors:
+    RecipeError, SampleError, and UsageError when ``output`` is not empty and ``resume`` not set.
+    """
+    import torch
+
+    recipe = load_recipe(recipe_name)
+    if not resume and output.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty: choose another folder, or go on with --resume")
+    blood, held_out = _read_data(recipe, data)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(recipe.threads)
+    run = Run.prepare(recipe, output, blood, held_out)
+    run.go(min(recipe.num_steps, max_steps or recipe.num_steps))
+    return run.write()
+
+
+def _read_data(recipe: Recipe, data: Path | None) -> tuple[list[Scene], list[Scene]]:
+    """Blood smears to train on and to look at; none when the recipe wants none."""
+    if recipe.data.blood_share == 0:
+        return [], []
+    if data is None and "MEDMO_EDGE_DATA" not in os.environ:
+        raise UsageError(
+            f"recipe {recipe.name} needs blood smears: set MEDMO_EDGE_DATA or --data to the folder "
+            "that holds bccd/"
+        )
+    folder = data or Path(os.environ["MEDMO_EDGE_DATA"])
+    return read_blood(folder, "train"), read_blood(folder, "val")
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A run in progress: what exists between two steps. ``step`` steps are done."""
+
+    recipe: Recipe
+    output: Path
+    sampler: Sampler
+    trainer: Trainer
+    blood_held_out: list[Scene]
+    step: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls, recipe: Recipe, output: Path, blood: list[Scene], held_out: list[Scene]
+    ) -> "Run":
+        """A fresh run, or the newest saved step of ``output``."""
+        tokenizer = train_tokenizer(corpus(recipe, blood), recipe.tokenizer.bpe_size)
+        ids = special_ids(tokenizer)
+        model = build_model(recipe, ids)
+        head = build_head(recipe.text.hidden_size, recipe.seed)
+        optimizer = build_optimizer([model, head], recipe.optimizer)
+        run = cls(
+            recipe=recipe,
+            output=output,
+            sampler=Sampler(recipe=recipe, blood=blood, tokenizer=tokenizer, ids=ids),
+            trainer=Trainer(model=model, head=head, optimizer=optimizer, recipe=recipe),
+            blood_held_out=held_out,
+        )
+        saved = load_step(output, recipe.sha256)
+        if saved is not None:
+            run.step = saved[0]
+            run.trainer.restore(saved[1])
+        return run
+
+    def go(self, until: int) -> None:
+        """Train until ``until`` steps are done, saving and looking in the recipe's rhythm."""
+        rhythm = self.recipe.rhythm
+        self.trainer.model.train()
+        with stop_requests() as stop, step_bar(self.step, until) as show:
+            while self.step < until:
+                show(self.step, self._one_step())
+                if stop.is_set() or self.step % rhythm.save_every == 0:
+                    self.save()
+                if stop.is_set():
+                    raise KeyboardInterrupt(f"step {self.step} is saved in {self.output}")
+                if self.step % rhythm.evaluate_every == 0:
+                    self.look()
+                    self.write()
+
+    def _one_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        losses = self.trainer.step(self.step, *self.sampler.batch(self.step))
+        self.step += 1
+        self._log(losses | {"seconds": time.perf_counter() - started})
+        return losses
+
+    def save(self) -> None:
+        """Make this step resumable."""
+        save_step(self.output, self.step, self.recipe.sha256, self.trainer.state())
+
+    def look(self) -> None:
+        """Score the held-out pictures, for the log only."""
+        limits = processing(self.recipe.phase_at(self.step - 1))
+        asker = Asker(self.trainer.model, self.sampler.tokenizer, self.sampler.ids, limits)
+        count = self.recipe.rhythm.evaluation_phantoms
+        chests = [chest_scene(HELD_OUT_SEED + i, (320, 320)) for i in range(count)]
+        self.figures = look(asker, self.blood_held_out, chests)
+        self._log(self.figures)
+
+    def write(self) -> Path:
+        """Write the weights as they are to ``checkpoint``."""
+        folder = self.output / "checkpoint"
+        write_checkpoint(
+            self.trainer.model.state_dict(),
+            self.recipe,
+            self.sampler.tokenizer,
+            processing(self.recipe.phase_at(self.step - 1)),
+            folder,
+            {"step": self.step, "of": self.recipe.num_steps, "recipe_sha256": self.recipe.sha256},
+        )
+        return folder
+
+    def _log(self, values: dict[str, float]) -> None:
+        entry: dict[str, Any] = {"step": self.step, "time": round(time.time(), 1)}
+        entry |= {name: round(value, 5) for name, value in values.items()}
+        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def corpus(recipe: Recipe, blood: list[Scene]) -> Iterator[str]:
+    """Questions and answers of random scenes: all that the tokenizer ever reads."""
+    limits = processing(recipe.phases[-1])
+    chests = [chest_scene(seed) for seed in range(min(64, recipe.data.phantoms))]
+    scenes = [(scene, see(scene.pixels, limits).geometry) for scene in [*chests, *blood]]
+    for index in range(CORPUS):
+        rng = np.random.default_rng([recipe.seed, index])
+        scene, geometry = scenes[int(rng.integers(len(scenes)))]
+        for turn in sample_turns(scene, geometry, COORDS, rng):
+            yield turn.question
+            yield turn.answer
