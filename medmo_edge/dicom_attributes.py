@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.dicom_header import Header, Layout, value_of
-from medmo_edge.dicom_window import FUNCTIONS, Lut, Range, View, checked_window
+from medmo_edge.dicom_window import FUNCTIONS, Function, Lut, Range, View, checked_window
 from medmo_edge.errors import ImageError
 
 
@@ -127,10 +127,11 @@ def modality_of(attributes: FrameAttributes) -> Rescale | ModalityLut:
     return Rescale(slope[0] if slope else 1.0, intercept[0] if intercept else 0.0, True)
 
 
-def views_of(attributes: FrameAttributes, signed_input: bool) -> list[View]:
+def views_of(attributes: FrameAttributes, signed_input: bool, is_float: bool) -> list[View]:
     """The VOI LUTs and then the windows of this frame, numbered from 0.
 
     ``signed_input``: modality values can be negative, so a LUT's first input may be.
+    ``is_float``: the stored values are floats.
     """
     macro = attributes.macro("FrameVOILUTSequence")
     source = attributes.dataset if macro is None else macro
@@ -138,20 +139,27 @@ def views_of(attributes: FrameAttributes, signed_input: bool) -> list[View]:
     centers = numbers_of(value_of(source, "WindowCenter"))
     widths = numbers_of(value_of(source, "WindowWidth"))
     names = _texts(value_of(source, "WindowCenterWidthExplanation"))
-    function = str(value_of(source, "VOILUTFunction") or "LINEAR").strip().upper()
-    known = next((name for name in FUNCTIONS if name == function), None)
-    if known is None:
-        attributes.notes.append(f"VOILUTFunction {function[:16]!r} is unknown: LINEAR used")
+    function = _function(source, attributes, is_float)
     # strict=False: files with two centres and one width exist; the pairs that are whole count.
     for number, (center, width) in enumerate(zip(centers, widths, strict=False)):
         try:
-            curve = checked_window(center, width, known or "LINEAR")
+            curve = checked_window(center, width, function)
         except ImageError as error:
             attributes.notes.append(f"{error}: ignored")
             continue
         name = names[number] if number < len(names) else None
         views.append(View(curve=curve, origin="file window", explanation=name, index=len(views)))
     return views
+
+
+def _function(source: Any, attributes: FrameAttributes, is_float: bool) -> Function:
+    stated = str(value_of(source, "VOILUTFunction") or "LINEAR").strip().upper()
+    function = next((name for name in FUNCTIONS if name == stated), None)
+    if function is None:
+        attributes.notes.append(f"VOILUTFunction {stated[:16]!r} is unknown: LINEAR used")
+        function = "LINEAR"
+    # LINEAR counts integers: its half steps would turn a window of 0..1 over floats into a step.
+    return "LINEAR_EXACT" if is_float and function == "LINEAR" else function
 
 
 def _lut_views(source: Any, attributes: FrameAttributes, signed_input: bool) -> list[View]:

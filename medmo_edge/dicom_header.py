@@ -30,6 +30,7 @@ DEFER_BYTES = 2**20
 UNDEFINED_LENGTH = 0xFFFFFFFF
 _INFLATE_CHUNK = 2**20
 _LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT")
+_PIXEL_VRS = (b"OB\0\0", b"OW\0\0", b"OF\0\0", b"OD\0\0", b"UN\0\0")
 _PIXEL_KEYWORDS = {0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData", 0x0010: "PixelData"}
 
 
@@ -199,12 +200,11 @@ def _find_pixels(stream: BinaryIO, dataset: Any, syntax: str) -> tuple[str, str,
     group, element = (int.from_bytes(head[i : i + 2], order) for i in (0, 2))  # type: ignore[arg-type]
     if len(head) < 8 or group != 0x7FE0 or element not in _PIXEL_KEYWORDS:
         raise ImageError(f"holds no pixel data (it is a {describe_class(dataset)})")
-    if syntax == IMPLICIT:
-        vr, raw = "OW", head[4:8]
+    # Some files state an explicit syntax and are written implicitly: the VR is there or it is not.
+    if syntax != IMPLICIT and head[4:8] in _PIXEL_VRS:
+        vr, raw = head[4:6].decode("ascii"), stream.read(4)
     else:
-        vr, raw = head[4:6].decode("ascii", "replace"), stream.read(4)
-        if vr not in ("OB", "OW", "OF", "OD", "UN"):
-            raise ImageError(f"pixel data has the wrong value representation {vr!r}")
+        vr, raw = "OW", head[4:8]
     length = int.from_bytes(raw, order)  # type: ignore[arg-type]
     return _PIXEL_KEYWORDS[element], vr, stream.tell(), length
 

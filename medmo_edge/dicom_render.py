@@ -101,7 +101,8 @@ def _shade_monochrome(
     used = _used_values(values, padding)
     frame_range = _range_of(modality.apply(used))
     signed = layout.signed or (isinstance(modality, Rescale) and frame_range.low < 0)
-    views = views_of(attributes, signed and not isinstance(modality, ModalityLut))
+    signed_input = signed and not isinstance(modality, ModalityLut)
+    views = views_of(attributes, signed_input, layout.is_float)
     view = choose_view(window, views, _subject(layout, attributes, modality, frame_range))
     inverted = is_inverted(stored.photometric, attributes)
 
@@ -177,7 +178,7 @@ def _subject(
         hounsfield=_is_hounsfield(attributes, modality),
         modality=attributes.text("Modality"),
         body_part=attributes.text("BodyPartExamined"),
-        stored_range=_stored_range(layout, attributes, modality),
+        stored_range=_stored_range(layout, attributes, modality, frame_range),
         frame_range=frame_range,
     )
 
@@ -196,14 +197,18 @@ def _is_hounsfield(attributes: FrameAttributes, modality: Rescale | ModalityLut)
 
 
 def _stored_range(
-    layout: Layout, attributes: FrameAttributes, modality: Rescale | ModalityLut
+    layout: Layout,
+    attributes: FrameAttributes,
+    modality: Rescale | ModalityLut,
+    frame_range: Range,
 ) -> Range | None:
     """The natural full scale of shallow pictures, which must not be stretched."""
     fraction = attributes.numbers("MaximumFractionalValue")
     if fraction and attributes.text("SegmentationType").upper() == "FRACTIONAL":
         return Range(0.0, fraction[0])
-    is_label_map = attributes.text("SegmentationType").upper() == "LABELMAP"
-    if layout.is_float or layout.bits_stored > 8 or is_label_map:
+    if attributes.text("SegmentationType").upper() == "LABELMAP":
+        return Range(0.0, frame_range.high)  # 0 is background: one label alone must be seen
+    if layout.is_float or layout.bits_stored > 8:
         return None
     if isinstance(modality, ModalityLut):
         return Range(0.0, 2.0**modality.lut.bits - 1)
