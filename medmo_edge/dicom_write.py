@@ -60,14 +60,14 @@ def _stored_values(pixels: NDArray[Any]) -> NDArray[np.uint16]:
     if max(values.shape) > 65535:
         raise ImageError(f"DICOM has at most 65535 rows and columns, this is {list(values.shape)}")
     if values.dtype == np.uint8:
-        return np.rint(values * (FULL_SCALE / 255)).astype(np.uint16)
+        return np.asarray(np.rint(values * (FULL_SCALE / 255)), np.uint16)
     if int(values.max()) > FULL_SCALE:
         raise ImageError(f"value {int(values.max())} does not fit into {BITS_STORED} bits")
-    return values
+    return np.asarray(values, np.uint16)
 
 
 def _dataset(rows: int, columns: int, monochrome1: bool, spacing: tuple[float, float]) -> Any:
-    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import (
         DigitalXRayImageStorageForPresentation,
         ExplicitVRLittleEndian,
@@ -78,7 +78,8 @@ def _dataset(rows: int, columns: int, monochrome1: bool, spacing: tuple[float, f
     meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPInstanceUID = generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    dataset = Dataset()
+    dataset.file_meta = meta
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID
     dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
     dataset.StudyInstanceUID = generate_uid()
