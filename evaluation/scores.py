@@ -148,7 +148,8 @@ def bootstrap(
     """95 % percentile interval of ``score`` over ``DRAWS`` resamples of ``size`` indices."""
     rng = np.random.default_rng(seed)
     values = np.array([score(rng.integers(size, size=size)) for _ in range(DRAWS)])
-    low, high = np.nanpercentile(values, [2.5, 97.5])
+    known = values[~np.isnan(values)]
+    low, high = np.percentile(known, [2.5, 97.5]) if known.size else (np.nan, np.nan)
     return float(low), float(high)
 
 

@@ -268,7 +268,7 @@ def _heart_box(chest: _Chest) -> Box:
         (u - half_u) * width,
         (v - half_v) * height,
         (u + half_u) * width,
-        (v + half_v) * height,
+        min(v + half_v, 1.0) * height,  # a very wide picture cuts it
     )
 
 

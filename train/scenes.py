@@ -4,6 +4,7 @@ A view is a crop, flips and colours; boxes follow their objects and answers are 
 afterwards. Chest pictures are never turned or mirrored: left and right, up and down mean something.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,6 +22,7 @@ Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
 
 KEEP = 0.4  # a box keeps its label when at least this part of it is inside the crop
 GONE = 0.05  # and is out of the picture below this part; between the two a crop is avoided
+WHOLE = 0.75  # from this part on a lesion or cell counts as wholly seen
 TRIES = 12
 PHANTOM_SIZES = ((288, 320), (320, 320), (256, 320), (320, 256), (384, 448), (224, 256))
 
@@ -64,40 +66,59 @@ def augment(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _blood_window(scene: Scene, rng: np.random.Generator) -> Window:
-    """The whole smear, or a part of it; one part in three is looked for without a white cell.
+    """The whole smear, a part around one white cell, or a part without any.
 
-    Parts come in the same sizes with and without one: size must not give the answer away.
+    Both kinds of part come in like sizes: the size must not give the answer away.
     """
-    if rng.random() < 0.25:
-        return 0, 0, scene.pixels.shape[1], scene.pixels.shape[0]
-    empty = rng.random() < 0.33
-    window = _random_window(scene, rng.uniform(0.4, 1.0), rng)
+    height, width = scene.pixels.shape[:2]
+    cells = scene.labelled("WBC")
+    kind = rng.random()
+    if kind < 0.25:
+        return 0, 0, width, height
+    wanted = cells[int(rng.integers(len(cells)))] if kind < 0.75 and cells else None
     for _ in range(TRIES):
-        parts = [visible_part(box, window) for box in scene.labelled("WBC")]
-        clean = not any(GONE < part < 0.75 for part in parts)
-        if clean and (not empty or all(part <= GONE for part in parts)):
+        window = _random_window(scene, rng.uniform(0.4, 1.0 if wanted else 0.8), rng, wanted)
+        parts = [visible_part(cell, window) for cell in cells]
+        if not any(GONE < part < WHOLE for part in parts) and (
+            wanted or max(parts, default=0) < WHOLE
+        ):
             break
-        window = _random_window(scene, rng.uniform(0.4, 0.8 if empty else 1.0), rng)
     return window
 
 
 def _chest_window(scene: Scene, low: float, rng: np.random.Generator) -> Window:
-    window = _random_window(scene, rng.uniform(low, 1.0), rng)
     for _ in range(TRIES):
-        if not any(GONE < visible_part(box, window) < 0.75 for box in scene.boxes):
-            break
         window = _random_window(scene, rng.uniform(low, 1.0), rng)
+        if not any(GONE < visible_part(box, window) < WHOLE for box in scene.boxes):
+            break
     return window
 
 
-def _random_window(scene: Scene, part: float, rng: np.random.Generator) -> Window:
-    """A window of about ``part`` of each side, its shape a little off the picture's."""
+def _random_window(
+    scene: Scene, part: float, rng: np.random.Generator, holding: Box | None = None
+) -> Window:
+    """A window of about ``part`` of each side, its shape a little off the picture's.
+
+    It holds the box ``holding``, or as much of it as its own size allows.
+    """
     height, width = scene.pixels.shape[:2]
     stretch = rng.uniform(0.85, 1.18)
     across = min(width, round(width * part * stretch**0.5))
     down = min(height, round(height * part / stretch**0.5))
-    left, top = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
+    left = _place(across, width, (holding.x1, holding.x2) if holding else None, rng)
+    top = _place(down, height, (holding.y1, holding.y2) if holding else None, rng)
     return left, top, left + across, top + down
+
+
+def _place(
+    length: int, side: int, holding: tuple[float, float] | None, rng: np.random.Generator
+) -> int:
+    """Where a stretch of ``length`` begins in ``side``, covering ``holding`` when it can."""
+    first, last = 0, side - length
+    if holding is not None:
+        first = min(last, max(0, math.ceil(holding[1]) - length))
+        last = max(first, min(last, int(holding[0])))
+    return int(rng.integers(first, last + 1))
 
 
 def visible_part(box: Box, window: Window) -> float:
