@@ -23,101 +23,13 @@ settings.load_profile("shared")
 
 MakeCheckpoint = Callable[..., Path]
 
-# Qwen3-VL's added tokens in its order, True for special ones.
-ADDED_TOKENS = {
-    "<|endoftext|>": True,
-    "<|im_start|>": True,
-    "<|im_end|>": True,
-    "<|object_ref_start|>": True,
-    "<|object_ref_end|>": True,
-    "<|box_start|>": True,
-    "<|box_end|>": True,
-    "<|quad_start|>": True,
-    "<|quad_end|>": True,
-    "<|vision_start|>": True,
-    "<|vision_end|>": True,
-    "<|vision_pad|>": True,
-    "<|image_pad|>": True,
-    "<|video_pad|>": True,
-    "<tool_call>": False,
-    "</tool_call>": False,
-    "<|fim_prefix|>": False,
-    "<|fim_middle|>": False,
-    "<|fim_suffix|>": False,
-    "<|fim_pad|>": False,
-    "<|repo_name|>": False,
-    "<|file_sep|>": False,
-    "<tool_response>": False,
-    "</tool_response>": False,
-    "<think>": False,
-    "</think>": False,
-}
+# What does not depend on the factory's arguments; added_tokens.json says which are special.
+TINY = Path(__file__).with_name("tiny")
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' }}
-    {%- if message.content is string %}
-        {{- message.content }}
-    {%- else %}
-        {%- for part in message.content %}
-            {%- if part.type == 'image' %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-            {%- else %}
-                {{- part.text }}
-            {%- endif %}
-        {%- endfor %}
-    {%- endif %}
-    {{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-
-TEXT: dict[str, Any] = {
-    "model_type": "qwen3_vl_text",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "dtype": "bfloat16",
-    "head_dim": 64,
-    "hidden_act": "silu",
-    "hidden_size": 256,
-    "initializer_range": 0.02,
-    "intermediate_size": 512,
-    "max_position_embeddings": 4096,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "use_cache": True,
-}
-VISION: dict[str, Any] = {
-    "model_type": "qwen3_vl",
-    "deepstack_visual_indexes": [1],
-    "depth": 4,
-    "hidden_act": "gelu_pytorch_tanh",
-    "hidden_size": 128,
-    "in_channels": 3,
-    "initializer_range": 0.02,
-    "intermediate_size": 256,
-    "num_heads": 4,
-    "num_position_embeddings": 256,
-    "out_hidden_size": 256,
-    "patch_size": 16,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
-ROPE: dict[str, Any] = {
-    "rope_type": "default",
-    "mrope_section": [12, 10, 10],
-    "mrope_interleaved": True,
-}
-ROPE_THETA = 5_000_000
 
 
 @pytest.fixture(scope="session")
@@ -217,23 +129,30 @@ def _write_checkpoint(
     min_pixels: int = 4096,
     max_pixels: int = 262144,
     coords: str = "norm1000",
-    chat_template: str = CHAT_TEMPLATE,
+    chat_template: str | None = None,
 ) -> Path:
     """Write a whole Hugging Face folder; ``text`` and ``vision`` change the tiny shapes."""
     path.mkdir(parents=True)
     ids = _write_tokenizer(path)
     vocab_size = -(-len(ids) // 64) * 64
     config = _config({"vocab_size": vocab_size, **(text or {})}, vision or {}, tied, ids)
+    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
     _write_json(path / "config.json", config)
     _write_json(path / "medmo_edge.json", {"coords": coords})
-    _write_json(path / "generation_config.json", _generation(ids))
+    _write_json(path / "generation_config.json", _read("generation_config") | _ends(ids))
     _write_json(
         path / "preprocessor_config.json",
-        _preprocessor(config["vision_config"], min_pixels, max_pixels),
+        {**_read("preprocessor_config"), **_patch_sizes(config["vision_config"]), "size": limits},
     )
-    (path / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    template = chat_template or (TINY / "chat_template.jinja").read_text(encoding="utf-8")
+    (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     _write_tensors(path, _shapes(config), shards=shards, dtype=dtype, seed=seed)
     return path
+
+
+def _read(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((TINY / f"{name}.json").read_text(encoding="utf-8"))
+    return values
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -244,50 +163,34 @@ def _config(
     text: Mapping[str, Any], vision: Mapping[str, Any], tied: bool, ids: Mapping[str, int]
 ) -> dict[str, Any]:
     """config.json in the 4.57 and the 5.x form at once, as our own trainer writes it."""
-    rope = {
-        "rope_theta": ROPE_THETA,
-        "rope_scaling": ROPE,
-        "rope_parameters": {**ROPE, "rope_theta": ROPE_THETA},
-    }
-    ends = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
-    return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
-        "dtype": "bfloat16",
+    config = _read("config")
+    config |= {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
         "vision_end_token_id": ids["<|vision_end|>"],
         "tie_word_embeddings": tied,
-        "text_config": {**TEXT, **rope, **ends, "tie_word_embeddings": tied, **text},
-        "vision_config": {**VISION, **vision},
-        "transformers_version": "4.57.1",
     }
-
-
-def _generation(ids: Mapping[str, int]) -> dict[str, Any]:
-    return {
+    config["text_config"] |= {
         "bos_token_id": ids["<|endoftext|>"],
-        "pad_token_id": ids["<|endoftext|>"],
-        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
-        "do_sample": True,
-        "repetition_penalty": 1.0,
-        "temperature": 0.7,
-        "top_k": 20,
-        "top_p": 0.8,
+        "eos_token_id": ids["<|im_end|>"],
+        "tie_word_embeddings": tied,
+        **text,
     }
+    config["vision_config"] |= vision
+    return config
 
 
-def _preprocessor(vision: Mapping[str, Any], min_pixels: int, max_pixels: int) -> dict[str, Any]:
+def _ends(ids: Mapping[str, int]) -> dict[str, Any]:
+    end = ids["<|endoftext|>"]
+    return {"bos_token_id": end, "pad_token_id": end, "eos_token_id": [ids["<|im_end|>"], end]}
+
+
+def _patch_sizes(vision: Mapping[str, Any]) -> dict[str, int]:
     return {
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
         "patch_size": vision["patch_size"],
         "temporal_patch_size": vision["temporal_patch_size"],
         "merge_size": vision["spatial_merge_size"],
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "Qwen3VLProcessor",
-        "image_processor_type": "Qwen2VLImageProcessorFast",
     }
 
 
@@ -309,7 +212,7 @@ def _write_tokenizer(path: Path) -> dict[str, int]:
     alphabet = sorted(pre.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_sentences(), trainer)
-    for token, special in ADDED_TOKENS.items():
+    for token, special in _read("added_tokens").items():
         added = AddedToken(token, special=special, normalized=False)
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
     tokenizer.save(str(path / "tokenizer.json"))
@@ -321,19 +224,11 @@ def _write_tokenizer(path: Path) -> dict[str, int]:
 
 def _tokenizer_config(ids: Mapping[str, int]) -> dict[str, Any]:
     flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-    return {
-        "added_tokens_decoder": {
-            str(ids[token]): {"content": token, **flags, "special": special}
-            for token, special in ADDED_TOKENS.items()
-        },
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "errors": "replace",
-        "model_max_length": 4096,
-        "tokenizer_class": "Qwen2Tokenizer",
+    added = {
+        str(ids[token]): {"content": token, **flags, "special": special}
+        for token, special in _read("added_tokens").items()
     }
+    return {**_read("tokenizer_config"), "added_tokens_decoder": added}
 
 
 def _sentences() -> list[str]:
