@@ -40,7 +40,20 @@ class Imatrix:
 
 
 def write_imatrix(path: Path, imatrix: Imatrix) -> None:
-    """Write the file that ``llama-quantize --imatrix`` reads. Errors: CalibrationError, OSError."""
+    """Write the file that ``llama-quantize --imatrix`` reads, whole or not at all.
+
+    Errors: CalibrationError for values that ``read_imatrix`` would refuse, OSError.
+    """
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        _write(draft, imatrix)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, imatrix: Imatrix) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, "")

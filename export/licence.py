@@ -12,14 +12,14 @@ def stated_licence(checkpoint: Path) -> str:
     """The licence in the front matter of the checkpoint's README.md, else "see checkpoint"."""
     try:
         with (checkpoint / "README.md").open("rb") as file:
-            card = file.read(_MAX_CARD_BYTES).decode("utf-8", "replace")
+            card = file.read(_MAX_CARD_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
     except OSError:
         return UNSTATED
     front = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     if not front:
         return UNSTATED
     for key in _CARD_KEYS:  # "license: other" goes with a license_name
-        found = re.search(rf"^{key}:[ \t]*(\S.*?)[ \t]*$", front[1], re.MULTILINE)
+        found = re.search(rf"^{key}:[ \t]*(\S.*?)\s*$", front[1], re.MULTILINE)
         if found:
             return found[1].strip("'\"")
     return UNSTATED
