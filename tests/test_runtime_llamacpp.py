@@ -331,7 +331,12 @@ def test_cancelling_from_another_thread(session: Session) -> None:
 def test_ctrl_c_during_native_work_is_delivered_afterwards(work: str, session: Session) -> None:
     backend = session._backend
     backend.rewind(START)
-    backend.set_interrupt(lambda: bool(signal.raise_signal(signal.SIGINT)))
+
+    def press() -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return False
+
+    backend.set_interrupt(press)
     with pytest.raises(KeyboardInterrupt):
         if work == "text":
             backend.decode_tokens([1, 2, 3])

@@ -15,6 +15,7 @@ from medmo_edge.boxes import Box
 from medmo_edge.errors import ArtifactError, GenerationError, PromptError, UsageError
 from medmo_edge.images import Frame
 from medmo_edge.runtime import fake
+from medmo_edge.runtime.chat import Chat
 from medmo_edge.runtime.session import GenerationOptions, Session, load
 
 FINDING = "WBC <box>[[100, 200, 300, 400]]</box>"
@@ -104,13 +105,13 @@ def test_a_study_reuses_its_images(frame: Frame) -> None:
 
 def test_task_prompts_reach_the_model(frame: Frame, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    chat_prompt = fake.Chat.prompt
+    chat_prompt = Chat.prompt
 
-    def remember(self: fake.Chat, question: str, pictures: Any) -> Any:
+    def remember(self: Chat, question: str, pictures: Any) -> Any:
         asked.append(question)
         return chat_prompt(self, question, pictures)
 
-    monkeypatch.setattr(fake.Chat, "prompt", remember)
+    monkeypatch.setattr(Chat, "prompt", remember)
     with load("fake:x") as session, session.study(frame) as study:
         session.locate(frame, "nodule")
         study.locate("the nodule.", max_new_tokens=1)
