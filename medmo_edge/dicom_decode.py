@@ -39,6 +39,12 @@ DECODERS: dict[str, tuple[str, ...]] = {
     "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
 }
+# Registered after pydicom 3.0, named here so that a refusal can name them.
+_NEW_SYNTAXES = {
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+}
 PACKAGES = {
     "gdcm": "python-gdcm",
     "imagecodecs": "imagecodecs",
@@ -90,7 +96,7 @@ def decode_frame(header: Header, layout: Layout, frame: int) -> Stored:
 def _syntax_name(uid: str) -> str:
     from pydicom.uid import UID
 
-    name = UID(uid).name
+    name = _NEW_SYNTAXES.get(uid) or UID(uid).name
     return f"{name} ({uid})" if name != uid else uid
 
 
