@@ -242,6 +242,15 @@ class Handles:
             self.model = None
 
 
+def has_amx_code(llama: Any) -> bool:
+    """Whether this llama.cpp was compiled with AMX kernels.
+
+    On a processor with AMX they fault at the first quantised matrix product when the compiler
+    optimises the tile configuration away (ggml-org/llama.cpp #20824, PR #26954, open in 2026-11).
+    """
+    return b"AMX_INT8 = 1" in llama.llama_print_system_info()
+
+
 def open_model(library: Library, path: Path, *, mmap: bool, interrupt: Interrupt) -> int | None:
     """Load the language file on the CPU; None when llama.cpp refuses it or was interrupted."""
     llama = library.llama
@@ -249,6 +258,8 @@ def open_model(library: Library, path: Path, *, mmap: bool, interrupt: Interrupt
     parameters.n_gpu_layers = 0
     parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mmap else llama.LLAMA_LOAD_MODE_NONE
     parameters.progress_callback = interrupt.progress_callback
+    # The only switch that keeps AMX out; repacking for AVX goes with it, but slow beats a crash.
+    parameters.use_extra_bufts = not has_amx_code(library.llama)
     model: int | None = llama.llama_model_load_from_file(os.fsencode(path), parameters)
     return model
 
