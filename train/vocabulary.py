@@ -82,14 +82,18 @@ def train_tokenizer(texts: Iterable[str], bpe_size: int) -> "Tokenizer":
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    byte_level: dict[str, Any] = {"add_prefix_space": False, "use_regex": False}
+    byte_level: dict[str, Any] = {
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(**byte_level),
         ]
     )
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False, **byte_level)
+    tokenizer.post_processor = processors.ByteLevel(**byte_level)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=bpe_size,

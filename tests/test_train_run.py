@@ -1,0 +1,192 @@
+"""Whole runs of the smoke recipe: the loss falls, a kill loses nothing, the checkpoint loads."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+import torch
+
+from medmo_edge.checkpoint import open_checkpoint
+from medmo_edge.errors import MedmoError, RecipeError, UsageError
+from medmo_edge.train.loop import learning_rate
+from medmo_edge.train.recipe import load_recipe
+from medmo_edge.train.run import train
+from medmo_edge.train.state import complete_steps, load_step
+
+RECIPE = load_recipe("smoke")
+RUN = "import sys; from pathlib import Path; from medmo_edge.train.run import train; "
+
+
+def log(folder: Path) -> dict[int, dict[str, float]]:
+    """The training lines of a run's log by step, the last one where a step was done twice."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if "loss" in line}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    saved = load_step(folder, RECIPE.sha256)
+    assert saved is not None
+    state: dict[str, torch.Tensor] = saved[1]["model"]
+    return state
+
+
+def start(folder: Path) -> "subprocess.Popen[bytes]":
+    """The smoke recipe in a process of its own, which can be killed."""
+    command = [sys.executable, "-c", RUN + "train('smoke', Path(sys.argv[1]))", str(folder)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ})
+
+
+def wait_for_step(process: "subprocess.Popen[bytes]", folder: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if (folder / "log.jsonl").exists() and max(log(folder), default=0) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(
+        f"step {step} was not reached: {process.stderr and process.stderr.read()!r}"
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted smoke run."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    threads = torch.get_num_threads()
+    train("smoke", folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_the_loss_falls(whole: Path) -> None:
+    losses = [line["loss"] for line in log(whole).values()]
+    assert len(losses) == RECIPE.num_steps
+    assert np.mean(losses[-3:]) < 0.5 * losses[0]
+    dense = [line["aux"] for line in log(whole).values()]
+    assert np.mean(dense[-3:]) < 0.8 * dense[0]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    process = start(folder)
+    wait_for_step(process, folder, 6)
+    process.kill()
+    process.communicate()
+    assert [step.name for step in complete_steps(folder)] == ["step-000004"]
+    shutil.copytree(folder / "step-000004", folder / "step-000008.tmp")  # a kill while saving
+    train("smoke", folder, resume=True)
+    assert {step: line["loss"] for step, line in log(folder).items()} == {
+        step: line["loss"] for step, line in log(whole).items()
+    }
+    mine, theirs = weights(folder), weights(whole)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_ctrl_c_saves_the_step_it_interrupts(tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    process = start(folder)
+    wait_for_step(process, folder, 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    done = max(log(folder))
+    assert f"KeyboardInterrupt: step {done} is saved in {folder}".encode() in errors
+    assert complete_steps(folder)[-1].name == f"step-{done:06d}"
+
+
+def test_the_checkpoint_opens_with_our_reader_and_holds_both_rope_forms(whole: Path) -> None:
+    with open_checkpoint(whole / "checkpoint") as checkpoint:
+        assert checkpoint.coords == "norm1000"
+        assert checkpoint.config.text.mrope_section == (6, 5, 5)
+        assert checkpoint.preprocessing.max_pixels == RECIPE.phases[-1].max_pixels
+        tokenizer = checkpoint.load_tokenizer()
+        assert tokenizer.special_ids["<|im_end|>"] in checkpoint.config.eos_token_ids
+        trained = weights(whole)["model.language_model.norm.weight"]
+        stored = checkpoint.read("model.language_model.norm.weight")
+        assert np.array_equal(stored, trained.bfloat16().float().numpy())
+    config = json.loads((whole / "checkpoint" / "config.json").read_text())
+    text = config["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 10000.0
+    assert text["rope_scaling"]["mrope_section"] == text["rope_parameters"]["mrope_section"]
+
+
+def test_the_checkpoint_loads_in_transformers_with_the_same_logits(whole: Path) -> None:
+    """The written folder against the weights that were trained, through from_pretrained."""
+    from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+
+    from medmo_edge.train.architecture import build_model
+    from medmo_edge.train.run import corpus
+    from medmo_edge.train.vocabulary import special_ids, train_tokenizer
+
+    folder = whole / "checkpoint"
+    loader: Any = Qwen3VLForConditionalGeneration
+    loaded, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = train_tokenizer(corpus(RECIPE, []), RECIPE.tokenizer.bpe_size)
+    trained = build_model(RECIPE, special_ids(tokenizer))
+    rounded = {name: value.bfloat16().float() for name, value in weights(whole).items()}
+    trained.load_state_dict(rounded)
+    ids = AutoTokenizer.from_pretrained(folder)("Is there a nodule?", return_tensors="pt")
+    with torch.inference_mode():
+        wanted = trained.train(False)(**ids).logits
+        found = loaded.train(False)(**ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    limits = AutoImageProcessor.from_pretrained(folder).size
+    assert limits["longest_edge"] == RECIPE.phases[-1].max_pixels
+
+
+def test_old_steps_are_removed_and_unfinished_ones_ignored(whole: Path, tmp_path: Path) -> None:
+    assert [step.name for step in complete_steps(whole)] == ["step-000008", "step-000012"]
+    (tmp_path / "step-000004").mkdir()
+    assert load_step(tmp_path, RECIPE.sha256) is None
+
+
+def test_a_run_of_another_recipe_is_not_continued(whole: Path) -> None:
+    with pytest.raises(UsageError, match="was trained with another recipe"):
+        load_step(whole, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        ("smoke", UsageError, "is not empty: choose another folder, or go on with --resume"),
+        ("nano", UsageError, "is not empty"),
+        ("nowhere", RecipeError, "cannot be read"),
+    ],
+)
+def test_what_cannot_start_touches_nothing(
+    tmp_path: Path, recipe: str, error: type[MedmoError], message: str
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(error, match=message):
+        train(recipe, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_missing_data_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MEDMO_EDGE_DATA", raising=False)
+    with pytest.raises(UsageError, match="set MEDMO_EDGE_DATA or --data"):
+        train("nano", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
+    spec = RECIPE.optimizer
+    rates = [learning_rate(step, RECIPE.num_steps, spec) for step in range(RECIPE.num_steps + 1)]
+    assert rates[0] == pytest.approx(spec.learning_rate / 2)
+    assert max(rates) == rates[2] == pytest.approx(spec.learning_rate)
+    assert rates[-1] == pytest.approx(spec.learning_rate * spec.final_fraction)
+    assert all(later <= earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
