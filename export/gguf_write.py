@@ -22,8 +22,8 @@ from medmo_edge.export.gguf_quantise import Quantiser, row_bytes
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# Float32 bytes of a block: large enough to keep all threads busy, small against any model.
-_BLOCK_BYTES = 64 << 20
+# Float32 bytes of a block: enough to keep all threads busy, quickly done when Ctrl-C comes.
+_BLOCK_BYTES = 16 << 20
 _ALIGNMENT = 32
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),

@@ -215,7 +215,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(folder / MANIFEST_NAME)
-    return replace(manifest, folder=folder, sha256=hashlib.sha256(content).hexdigest())
+    return Manifest(
+        **json.loads(content), folder=folder, sha256=hashlib.sha256(content).hexdigest()
+    )
 
 
 @contextmanager

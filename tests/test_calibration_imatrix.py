@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from medmo_edge.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
 from medmo_edge.errors import CalibrationError
@@ -30,6 +31,10 @@ def matrix(count: float = 7.0) -> Imatrix:
     )
 
 
+def f32(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
 def refusal(path: Path) -> str:
     with pytest.raises(CalibrationError) as caught:
         read_imatrix(path)
@@ -37,7 +42,7 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def write_raw(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+def write_raw(path: Path, tensors: dict[str, NDArray[np.float32]]) -> Path:
     writer = gguf.GGUFWriter(path, "imatrix")
     for name, values in tensors.items():
         writer.add_tensor(name, values)
@@ -103,9 +108,9 @@ def test_one_dimensional_sums_are_read_too(tmp_path: Path) -> None:
     """GGUF drops trailing dimensions of one, so llama-imatrix may write one dimension."""
     path = write_raw(
         tmp_path / "i.gguf",
-        {"w.in_sum2": np.float32([2, 4]), "w.counts": np.float32([2])},
+        {"w.in_sum2": f32(2, 4), "w.counts": f32(2)},
     )
-    assert np.array_equal(read_imatrix(path).means["w"], np.float32([1, 2]))
+    assert np.array_equal(read_imatrix(path).means["w"], f32(1, 2))
 
 
 def test_files_that_are_no_importance_matrix(tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_files_that_are_no_importance_matrix(tmp_path: Path) -> None:
     assert "convert the old .dat form" in refusal(legacy)
     (tmp_path / "empty").write_bytes(b"")
     assert "not a GGUF" in refusal(tmp_path / "empty")
-    model = write_raw(tmp_path / "model.gguf", {"w": np.float32([1, 2])})
+    model = write_raw(tmp_path / "model.gguf", {"w": f32(1, 2)})
     assert "holds no importance matrix" in refusal(model)
 
 
@@ -131,17 +136,15 @@ def test_every_truncation_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_values_that_are_no_mean_squares(tmp_path: Path, bad: float) -> None:
-    tensors = {"w.in_sum2": np.float32([1, bad]), "w.counts": np.float32([2])}
+    tensors = {"w.in_sum2": f32(1, bad), "w.counts": f32(2)}
     assert "mean squares" in refusal(write_raw(tmp_path / "i.gguf", tensors))
     with pytest.raises(CalibrationError, match="mean squares"):
-        write_imatrix(
-            tmp_path / "j.gguf", Imatrix(means={"w": np.float32([1, bad])}, counts={"w": 2})
-        )
+        write_imatrix(tmp_path / "j.gguf", Imatrix(means={"w": f32(1, bad)}, counts={"w": 2}))
 
 
 @pytest.mark.parametrize("count", [0.0, -1.0, np.nan])
 def test_entries_that_saw_nothing(tmp_path: Path, count: float) -> None:
-    tensors = {"w.in_sum2": np.float32([1, 2]), "w.counts": np.float32([count])}
+    tensors = {"w.in_sum2": f32(1, 2), "w.counts": f32(count)}
     assert "w saw" in refusal(write_raw(tmp_path / "i.gguf", tensors))
 
 

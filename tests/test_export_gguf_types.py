@@ -95,23 +95,23 @@ def test_tied(tiny_checkpoint: Path, tmp_path: Path, with_imatrix: bool) -> None
 
 
 def test_untied(tiny_untied_checkpoint: Path, tmp_path: Path) -> None:
-    compare(tiny_untied_checkpoint, QUANTISED, tmp_path, with_imatrix=False)
+    compare(tiny_untied_checkpoint, ["q6_k", "q4_k_m", "iq4_xs"], tmp_path, with_imatrix=False)
 
 
 @pytest.mark.parametrize("with_imatrix", [False, True])
 def test_many_layers_with_wide_groups(
     make_checkpoint: Any, tmp_path: Path, with_imatrix: bool
 ) -> None:
-    """17 layers meet every branch of the mixtures; 4 query heads per key head those of iq4_xs."""
+    """9 layers meet every branch of the mixtures; 4 query heads per key head those of iq4_xs."""
     checkpoint = make_checkpoint(
         tmp_path / "deep",
         text={
-            "num_hidden_layers": 17,
+            "num_hidden_layers": 9,
             "num_key_value_heads": 1,
             "intermediate_size": 256,
         },
     )
-    compare(checkpoint, ["q5_k_m", "q4_k_m", "iq4_xs"], tmp_path, with_imatrix)
+    compare(checkpoint, ["q4_k_m", "iq4_xs"], tmp_path, with_imatrix)
 
 
 @pytest.mark.parametrize(("hidden", "inner"), [(192, 288), (272, 512), (256, 272)])
@@ -125,7 +125,7 @@ def test_rows_that_fit_no_block_fall_back_as_llama_cpp_does(
         vision={"out_hidden_size": hidden},
         tied=hidden == 192,
     )
-    compare(checkpoint, QUANTISED, tmp_path, with_imatrix=False)
+    compare(checkpoint, ["q8_0", "q5_k_m", "iq4_xs"], tmp_path, with_imatrix=False)
 
 
 def test_the_manifest_names_what_fell_back(make_checkpoint: Any, tmp_path: Path) -> None:
