@@ -8,6 +8,7 @@ LoRA adapters and quantised weights are refused with what to do instead.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ NANO_FOLDER = Path(__file__).with_name("medmo-nano")
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TIED = "lm_head.weight"
-_HASH_BLOCK_BYTES = 4 << 20
+_HASH_THREADS = 4  # hashing holds no lock; more would only make a disk seek
 _MAX_JSON_BYTES = 64 << 20
 # Suffixes that quantisers add; named in the error instead of "unknown tensor".
 _QUANTISED = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "absmax", "quant_map", "SCB")
@@ -131,31 +132,35 @@ class Checkpoint:
         return read_rows(self._info(name), name, max_bytes)
 
     def identity(self) -> dict[str, str]:
-        """Name and sha256 of this checkpoint: over names, sizes and bytes of every file read.
+        """Name and sha256 of this checkpoint: over the sha256 of every file read, and the settings.
 
-        Reads all weights once, one block at a time; the value is kept for the next call.
+        Reads all weights once, several files at a time; the value is kept for the next call.
         """
         return {"name": self.name, "sha256": self._sha256}
 
     @cached_property
     def _sha256(self) -> str:
         names = {info.path.name for info in self.tensors.values()}
-        names |= {"config.json", "tokenizer.json"}
-        digest = hashlib.sha256()
-        for path in sorted(self.path / name for name in names):
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while block := file.read(_HASH_BLOCK_BYTES):
-                    digest.update(block)
+        paths = [self.path / name for name in sorted(names | {"config.json", "tokenizer.json"})]
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            lines = [
+                f"{path.name} {hash}"
+                for path, hash in zip(paths, pool.map(_hash, paths), strict=True)
+            ]
         settings = [self.preprocessing.to_dict(), self.coords, self.chat_template]
-        digest.update(json.dumps([*settings, dict(self.generation)], sort_keys=True).encode())
-        return digest.hexdigest()
+        lines.append(json.dumps([*settings, dict(self.generation)], sort_keys=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _info(self, name: str) -> TensorInfo:
         try:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name}") from None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
