@@ -23,6 +23,7 @@ from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import llamacpp_native as native
 from medmo_edge.runtime.backends import START, Interrupted, Mark
 from medmo_edge.runtime.device import Device
+from medmo_edge.runtime.gguf_header import LANGUAGE_KEYS, VISION_KEYS, check_metadata
 
 NAME = "llamacpp"
 _BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
@@ -101,6 +102,8 @@ class LlamaCpp:
 
     def _load(self, device: Device) -> None:
         language, vision = (self._manifest.path_of(role) for role in ("language", "vision"))
+        check_metadata(language, LANGUAGE_KEYS)
+        check_metadata(vision, VISION_KEYS)
         # Reading into memory needs less of it than mapping, where repacked weights exist twice.
         mmap = device.ram_available_bytes < 1.5 * _weight_bytes(self._manifest) + _OVERHEAD_BYTES
         with self._work():

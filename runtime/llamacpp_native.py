@@ -123,6 +123,8 @@ def load_library() -> Library:
     Errors: BackendUnavailable when a library or symbol is missing.
     """
     _warn_about_spinning()
+    # An assertion that fails would start a debugger on this process to print where.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         llama, mtmd = (import_module(name) for name in _REQUIRED)
     except Exception as error:  # ImportError, or RuntimeError / OSError from its own loader
