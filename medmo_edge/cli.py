@@ -45,11 +45,14 @@ def cli(debug: bool) -> None:
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the recipe's data sets.")
 @click.option("--resume", is_flag=True, help="Go on from the newest complete step in the output.")
 def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
-    """Train a checkpoint by RECIPE, a TOML file or the name of a packaged one (nano, smoke)."""
+    """Train a checkpoint by RECIPE.
+
+    RECIPE is a TOML file, or nano or smoke, which are packaged.
+    """
     from medmo_edge.train.run import train as run_recipe
 
-    run_recipe(recipe, output, data=data, resume=resume)
-    click.echo(f"checkpoint: {output}")
+    checkpoint = run_recipe(recipe, output, data=data, resume=resume)
+    click.echo(f"checkpoint: {checkpoint}")
 
 
 @cli.command()
@@ -63,7 +66,10 @@ def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_json: bool) -> None:
-    """Export CHECKPOINT, a folder or nano, to an artifact that this machine can run."""
+    """Export CHECKPOINT to an artifact.
+
+    CHECKPOINT is a Hugging Face folder, or nano, the packaged demonstrator.
+    """
     from medmo_edge.export.export import export_checkpoint
     from medmo_edge.progress import stage_bars
 
@@ -99,7 +105,10 @@ def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing overlay.")
 def ask(**options: Any) -> None:
-    """Ask ARTIFACT a QUESTION about one or more images (PNG, JPEG, DICOM)."""
+    """Ask ARTIFACT a QUESTION about one or more images.
+
+    ARTIFACT is a folder written by export, or fake:TEXT. IMAGE is a DICOM file or a picture.
+    """
     from medmo_edge.ask import run_ask
 
     run_ask(**options)
@@ -109,7 +118,10 @@ def ask(**options: Any) -> None:
 @click.argument("artifact", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(artifact: str | None, as_json: bool) -> None:
-    """Show this machine's devices and, for each backend, why it can or cannot run."""
+    """Show devices and backends, and why each can or cannot run.
+
+    With ARTIFACT: in the order in which they would be tried for it.
+    """
     from medmo_edge.runtime.doctor import doctor as examine
     from medmo_edge.runtime.doctor import format_findings
 
@@ -121,9 +133,19 @@ def doctor(artifact: str | None, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="New folder.",
+)
 def demo(output: Path) -> None:
-    """Export the embedded MedMO-nano and ask it about a radiograph drawn on the spot."""
+    """Show the whole road on a radiograph drawn on the spot.
+
+    Exports the packaged MedMO-nano to gguf-q8_0, asks two questions, draws the boxes.
+    """
     from medmo_edge.demo import run_demo
 
     run_demo(output)
