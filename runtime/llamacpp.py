@@ -31,6 +31,7 @@ _FIRST_CELLS = 2048  # the KV cache grows by doubling from here
 _MAX_CELLS = 32768
 _MIN_CELLS = 1024
 _MAX_IMAGE_TOKENS = 1 << 20
+_SMALL_BYTES = 64 << 20
 _OVERHEAD_BYTES = 300 << 20  # compute buffers, tokenizer, Python
 _IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 _SEQUENCE = 0
@@ -68,11 +69,12 @@ def open(
 ) -> "LlamaCpp":
     """Load an artifact.
 
-    ``threads``: default the physical cores. ``max_context``: most tokens of one conversation,
-    default what memory allows up to 32768. Errors: ArtifactError when llama.cpp refuses a file,
-    BackendUnavailable when the library is missing or memory does not suffice.
+    ``threads``: default the physical cores, or one for a small model. ``max_context``: most tokens
+    of one conversation, default what memory allows up to 32768. Errors: ArtifactError when
+    llama.cpp refuses a file, BackendUnavailable when the library is missing or memory does not
+    suffice.
     """
-    return LlamaCpp(manifest, device, threads or device.cores, max_context)
+    return LlamaCpp(manifest, device, threads or _default_threads(manifest, device), max_context)
 
 
 class LlamaCpp:
@@ -353,6 +355,11 @@ def _pointer(state: NDArray[np.uint8]) -> Any:
 def _weight_bytes(manifest: Manifest) -> int:
     roles = ("language", "vision")
     return sum(record["bytes"] for record in manifest.files.values() if record["role"] in roles)
+
+
+def _default_threads(manifest: Manifest, device: Device) -> int:
+    """Operations of a small model end sooner than a second thread wakes up: one is faster."""
+    return 1 if _weight_bytes(manifest) < _SMALL_BYTES else device.cores
 
 
 def _cell_bytes(manifest: Manifest) -> int:

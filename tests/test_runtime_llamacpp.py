@@ -450,6 +450,20 @@ def test_why_the_library_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert "has no mtmd_absent" in str(llamacpp.unavailable())
 
 
+def test_a_small_model_uses_one_thread_and_a_large_one_all_cores(tiny_artifact: Path) -> None:
+    from dataclasses import replace
+
+    from medmo_edge.manifest import read_manifest
+    from medmo_edge.runtime.device import probe
+
+    machine = replace(probe(), cores=8)
+    small = read_manifest(tiny_artifact)
+    records = {name: {**record, "bytes": 1 << 30} for name, record in small.files.items()}
+    large = replace(small, files=records)  # type: ignore[arg-type]
+    assert llamacpp._default_threads(small, machine) == 1
+    assert llamacpp._default_threads(large, machine) == 8
+
+
 def test_too_little_memory_is_a_reason(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
