@@ -92,6 +92,10 @@ def read_imatrix(path: Path) -> Imatrix:
         datasets = _strings(reader, "imatrix.datasets")
         chunk_count = _number(reader, "imatrix.chunk_count", 1)
         chunk_size = _number(reader, "imatrix.chunk_size", 512)
+    except ImportError as error:
+        raise CalibrationError(
+            f"importance matrices need the gguf package ({error}): pip install 'medmo-edge[export]'"
+        ) from error
     except _DAMAGE as error:
         raise CalibrationError(f"{path} is a damaged GGUF file: {error}") from error
     if not means:

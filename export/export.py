@@ -67,9 +67,7 @@ def export_checkpoint(
         weights = write_files(plan, opened, matrix, report)
         shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
         (staging / TEMPLATE_FILE).write_text(opened.chat_template, encoding="utf-8", newline="")
-        report("checkpoint hash", 0, 1)
-        identity = opened.identity()
-        report("checkpoint hash", 1, 1)
+        identity = _identify(opened, report)
         manifest = Manifest(
             target=row.name,
             backend=row.backend,
@@ -78,7 +76,7 @@ def export_checkpoint(
             preprocessing=opened.preprocessing.to_dict(),
             files=_record_files(staging, report),
             weights=weights,
-            checkpoint=dict(identity),
+            checkpoint=identity,
             calibration=_calibration_record(imatrix, matrix),
             exporter=_exporter(row, time.monotonic() - started),
             certificate=None,
@@ -96,6 +94,14 @@ def _check_space(needed: int, folder: Path) -> None:
             f"{folder.parent} has {free:,} bytes free, the artifact needs {needed:,}: "
             "free some space or choose another output folder"
         )
+
+
+def _identify(checkpoint: Checkpoint, report: Progress) -> dict[str, str]:
+    size = sum(info.nbytes for info in checkpoint.tensors.values())
+    report("checkpoint hash", 0, size)
+    identity = checkpoint.identity()
+    report("checkpoint hash", size, size)
+    return identity
 
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:

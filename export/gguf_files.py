@@ -15,7 +15,7 @@ from typing import Any
 
 from medmo_edge.calibration.imatrix import Imatrix
 from medmo_edge.checkpoint import Checkpoint
-from medmo_edge.errors import CalibrationError
+from medmo_edge.errors import CalibrationError, ExportError
 from medmo_edge.export.gguf_metadata import add_language_keys, add_vision_keys
 from medmo_edge.export.gguf_names import Planned, plan_tensors
 from medmo_edge.export.gguf_quantise import Quantiser
@@ -51,6 +51,7 @@ def plan_gguf(
     ``source`` names the importance matrix's file. Errors: ExportError when the checkpoint's tensors
     are not exactly Qwen3-VL's, CalibrationError when the importance matrix is not this model's.
     """
+    _require_gguf()
     config = checkpoint.config
     language, vision = plan_tensors(checkpoint)
     mixture = Mixture(
@@ -105,6 +106,15 @@ def write_files(
         "vision": _summary(vision, _kept_wide(vision, plan.vision)),
         "notes": notes,
     }
+
+
+def _require_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"GGUF targets need the gguf package ({error}): pip install 'medmo-edge[export]'"
+        ) from error
 
 
 def _write(

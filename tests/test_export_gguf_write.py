@@ -13,6 +13,7 @@ from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import ExportError
 from medmo_edge.export import gguf_quantise, gguf_write
 from medmo_edge.export.export import export_checkpoint
+from medmo_edge.export.gguf_names import plan_tensors
 from medmo_edge.export.gguf_quantise import Quantiser, row_bytes
 
 gguf = pytest.importorskip("gguf")
@@ -160,3 +161,37 @@ def test_a_missing_library_says_what_to_install(
     with pytest.raises(ExportError, match=r"pip install 'medmo-edge\[llamacpp\]'"):
         export_checkpoint(tiny_checkpoint, "gguf-q8_0", tmp_path / "a")
     assert export_checkpoint(tiny_checkpoint, "gguf-f16", tmp_path / "b").target == "gguf-f16"
+
+
+def test_a_missing_gguf_package_says_what_to_install(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ExportError, match=r"pip install 'medmo-edge\[export\]'"):
+        export_checkpoint(tiny_checkpoint, "gguf-f16", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("target", ["gguf-f16", "gguf-bf16"])
+def test_every_value_survives_as_far_as_its_type_holds_it(
+    make_checkpoint: Any, tmp_path: Path, dtype: str, target: str
+) -> None:
+    """Independent reference: numpy's rounding of the checkpoint's own values."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", dtype=dtype))
+    manifest = export_checkpoint(checkpoint.path, target, tmp_path / "a")
+    language, vision = plan_tensors(checkpoint)
+    for role, planned in (("language", language), ("vision", vision)):
+        stored = {t.name: t for t in gguf.GGUFReader(manifest.path_of(role)).tensors}
+        assert len(stored) == len(planned)
+        for each in planned:
+            values = checkpoint.read(each.source)
+            values = values if each.frame is None else values[:, :, each.frame]
+            kind = stored[each.name].tensor_type.name
+            if kind == "F16":
+                values = values.astype(np.float16).astype(np.float32)
+            elif kind == "BF16":
+                as_bf16 = gguf.quants.quantize(values, gguf.GGMLQuantizationType.BF16)
+                values = gguf.quants.dequantize(as_bf16, gguf.GGMLQuantizationType.BF16)
+            found = gguf.quants.dequantize(stored[each.name].data, stored[each.name].tensor_type)
+            assert found.shape == each.shape and np.array_equal(found, values), each.name
