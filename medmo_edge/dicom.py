@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.dicom_square import resample
 from medmo_edge.errors import ImageError
 from medmo_edge.image_budgets import MAX_PIXELS, child_seconds
 
@@ -45,6 +46,8 @@ def read_dicom(
         raise ImageError(reply["error"])
     source = reply["source"]
     source["notes"] = tuple(source["notes"])
+    width, height = reply["size"]
+    pixels = resample(pixels, (width, height))
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, np.newaxis], 3, axis=2)
     return np.ascontiguousarray(pixels), source

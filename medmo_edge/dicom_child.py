@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.dicom_decode import DECODER_MODULES, DECODERS
+from medmo_edge.dicom_header import transfer_syntax
 from medmo_edge.errors import ImageError
 from medmo_edge.image_budgets import CHILD_MEMORY_BYTES
 
@@ -23,16 +25,26 @@ from medmo_edge.image_budgets import CHILD_MEMORY_BYTES
 def main() -> None:
     """Answer the request in ``sys.argv``: JSON, then the seconds the answer may take."""
     limit_resources(float(sys.argv[2]))
-    # pydicom imports requests to download test files: a third of the start-up, and not for us.
-    sys.modules["requests"] = None  # type: ignore[assignment]
     # A C library that prints must not write into the answer.
     pipe = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     with io.BufferedReader(io.FileIO(0, closefd=False), 2**16) as file:
+        hide_modules(transfer_syntax(file)[0])
         reply, pixels = answer(file, sys.argv[1])
     _write(pipe, json.dumps(reply).encode() + b"\n")
     if pixels is not None:
         _write(pipe, pixels.data.cast("B"))
+
+
+def hide_modules(syntax: str) -> None:
+    """Keep pydicom from importing what this file does not need: half of its start-up.
+
+    It looks for requests and tqdm to download test files, and imports every decoder it finds.
+    """
+    needed = DECODERS.get(syntax, ())
+    unused = [module for plugin, module in DECODER_MODULES.items() if plugin not in needed]
+    for name in ("requests", "tqdm", *unused):
+        sys.modules[name] = None  # type: ignore[assignment]
 
 
 def _write(pipe: Any, data: bytes | memoryview) -> None:
@@ -64,7 +76,7 @@ def answer(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np.uin
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pixels, source = _render_quietly(file, asked["frame"], window)
+            pixels, size, source = _render_quietly(file, asked["frame"], window)
     except ImageError as error:
         return {"error": str(error)}, None
     except MemoryError:
@@ -76,12 +88,13 @@ def answer(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np.uin
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return {"error": f"is damaged or not supported ({type(error).__name__}: {reason})"}, None
-    return {"shape": list(pixels.shape), "source": source}, np.ascontiguousarray(pixels)
+    reply = {"shape": list(pixels.shape), "size": list(size), "source": source}
+    return reply, np.ascontiguousarray(pixels)
 
 
 def _render_quietly(
     file: BinaryIO, frame: int, window: Any
-) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+) -> tuple[NDArray[np.uint8], tuple[int, int], dict[str, Any]]:
     import pydicom.config
 
     from medmo_edge.dicom_render import render

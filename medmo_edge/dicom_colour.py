@@ -58,7 +58,7 @@ def _block_to_rgb(
     return np.floor(np.clip(block / full_scale, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def palette_table(attributes: FrameAttributes, bits_stored: int) -> tuple[int, NDArray[np.uint8]]:
+def palette_table(attributes: FrameAttributes) -> tuple[int, NDArray[np.uint8]]:
     """(first input, uint8 [N, 3]) of a PALETTE COLOR frame's tables (PS3.3 C.7.6.3.1.5).
 
     Errors: ImageError when a table is missing or broken.

@@ -39,6 +39,12 @@ DECODERS: dict[str, tuple[str, ...]] = {
     "1.2.840.10008.1.2.4.202": ("pylibjpeg",),
     "1.2.840.10008.1.2.4.203": ("pylibjpeg",),
 }
+DECODER_MODULES = {
+    "gdcm": "gdcm",
+    "pillow": "PIL",
+    "pyjpegls": "jpeg_ls",
+    "pylibjpeg": "pylibjpeg",
+}
 # Registered after pydicom 3.0, named here so that a refusal can name them.
 _NEW_SYNTAXES = {
     "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
@@ -192,7 +198,9 @@ def _decompress(payload: bytes, header: Header, layout: Layout) -> Stored:
             raise
         # Decoders raise nearly anything on damaged bytes.
         except Exception as error:
-            failures.append(f"{name}: {' '.join(str(error).split())[:120]}")
+            # pydicom puts a sentence about its plug-ins in front.
+            reason = " ".join(str(error).split()).rsplit(f"{name}: ", 1)[-1]
+            failures.append(f"{name}: {reason[:120]}")
     raise ImageError(
         f"{_syntax_name(header.transfer_syntax)} frame cannot be decoded ({'; '.join(failures)})"
     )

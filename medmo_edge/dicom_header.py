@@ -98,7 +98,7 @@ def read_header(file: BinaryIO) -> Header:
     """
     from pydicom import dcmread
 
-    syntax, start = _transfer_syntax(file)
+    syntax, start = transfer_syntax(file)
     stream = _inflate(file, start) if syntax == DEFLATED else file
     stream.seek(0)
     dataset = dcmread(stream, defer_size=DEFER_BYTES, stop_before_pixels=True, force=True)
@@ -120,8 +120,8 @@ def read_header(file: BinaryIO) -> Header:
     )
 
 
-def _transfer_syntax(file: BinaryIO) -> tuple[str, int]:
-    """(transfer syntax UID or "", offset of the data set), read without pydicom.
+def transfer_syntax(file: BinaryIO) -> tuple[str, int]:
+    """(transfer syntax UID or "", offset of the data set) of an open file, read without pydicom.
 
     pydicom would inflate a deflated data set whole while reading its meta information.
     """
@@ -199,6 +199,8 @@ def _find_pixels(stream: BinaryIO, dataset: Any, syntax: str) -> tuple[str, str,
     head = stream.read(8)
     group, element = (int.from_bytes(head[i : i + 2], order) for i in (0, 2))  # type: ignore[arg-type]
     if len(head) < 8 or group != 0x7FE0 or element not in _PIXEL_KEYWORDS:
+        if "Rows" in dataset:
+            raise ImageError("pixel data is missing: the file is truncated or its header damaged")
         raise ImageError(f"holds no pixel data (it is a {describe_class(dataset)})")
     # Some files state an explicit syntax and are written implicitly: the VR is there or it is not.
     if syntax != IMPLICIT and head[4:8] in _PIXEL_VRS:
@@ -215,7 +217,7 @@ def describe_class(dataset: Any) -> str:
     if not uid:
         return "data set without SOP class"
     name = getattr(uid, "name", str(uid))
-    return str(name) if name != str(uid) else f"SOP class {uid}"
+    return str(name) if name != str(uid) else f"SOP class {str(uid)[:64]}"
 
 
 def value_of(dataset: Any, keyword: str) -> Any:

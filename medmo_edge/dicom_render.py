@@ -1,7 +1,7 @@
 """One DICOM frame to 8-bit grey or RGB, with the provenance of every step.
 
 The order is the standard's: stored values, modality transformation, VOI, inversion (MONOCHROME1 or
-Presentation LUT Shape INVERSE: once, never twice), 8 bits, square pixels. Integers of up to 16 bits
+Presentation LUT Shape INVERSE: once, never twice), 8 bits. Integers of up to 16 bits
 are rendered through one table that is computed once per possible value; everything else in blocks
 of rows, so that memory follows the stored frame. Anisotropic PixelSpacing is noted, not corrected:
 boxes stay in stored pixels. Overlays and ICC profiles are ignored.
@@ -25,7 +25,7 @@ from medmo_edge.dicom_colour import BLOCK_VALUES, colour_to_rgb, palette_table
 from medmo_edge.dicom_decode import Stored, decode_frame
 from medmo_edge.dicom_header import Layout, read_header, read_layout
 from medmo_edge.dicom_provenance import describe
-from medmo_edge.dicom_square import square
+from medmo_edge.dicom_square import square_size
 from medmo_edge.dicom_window import Range, Subject, View, choose_view
 from medmo_edge.errors import ImageError
 
@@ -37,8 +37,9 @@ WindowRequest = str | int | tuple[float, float] | None
 
 def render(
     file: BinaryIO, frame: int, window: WindowRequest
-) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """(uint8 [H, W] or [H, W, 3], values for a Source) of one frame of an open DICOM file.
+) -> tuple[NDArray[np.uint8], tuple[int, int], dict[str, Any]]:
+    """One frame of an open DICOM file: uint8 [H, W] or [H, W, 3], its size with square pixels as
+    (width, height), and the values for a Source.
 
     Errors: ImageError; anything pydicom raises on a data set that cannot be parsed.
     """
@@ -47,17 +48,21 @@ def render(
     stored = decode_frame(header, layout, frame)
     attributes = FrameAttributes.of(header, layout, frame)
     pixels, view, modality = _shade(stored, layout, attributes, window)
-    pixels = square(pixels, attributes)
-    return pixels, {
-        "format": "dicom",
-        "width": layout.columns,
-        "height": layout.rows,
-        "frame": frame,
-        "num_frames": layout.num_frames,
-        "window": None if view is None else view.to_dict(),
-        "dicom": describe(header, layout, stored, attributes, modality),
-        "notes": tuple(attributes.notes),
-    }
+    size = square_size(layout.columns, layout.rows, attributes)
+    return (
+        pixels,
+        size,
+        {
+            "format": "dicom",
+            "width": layout.columns,
+            "height": layout.rows,
+            "frame": frame,
+            "num_frames": layout.num_frames,
+            "window": None if view is None else view.to_dict(),
+            "dicom": describe(header, layout, stored, attributes, modality),
+            "notes": tuple(attributes.notes),
+        },
+    )
 
 
 def _shade(
@@ -70,16 +75,14 @@ def _shade(
     if window is not None:
         raise ImageError(f"a window needs a monochrome image, this is {stored.photometric}")
     if stored.photometric == "PALETTE COLOR":
-        return _look_up_palette(stored.values, layout, attributes), None, None
+        return _look_up_palette(stored.values, attributes), None, None
     return colour_to_rgb(stored.values, stored.photometric, layout.bits_stored), None, None
 
 
-def _look_up_palette(
-    values: NDArray[Any], layout: Layout, attributes: FrameAttributes
-) -> NDArray[np.uint8]:
+def _look_up_palette(values: NDArray[Any], attributes: FrameAttributes) -> NDArray[np.uint8]:
     if values.ndim != 2:
         raise ImageError("PALETTE COLOR with several samples per pixel")
-    first, table = palette_table(attributes, layout.bits_stored)
+    first, table = palette_table(attributes)
     rgb = np.empty((*values.shape, 3), np.uint8)
     for rows in _row_blocks(values):
         place = np.clip(values[rows].astype(np.int64) - first, 0, len(table) - 1)

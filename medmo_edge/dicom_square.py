@@ -15,27 +15,33 @@ MOST_OBLONG = 8.0
 TOLERANCE = 0.01
 
 
-def square(pixels: NDArray[np.uint8], attributes: FrameAttributes) -> NDArray[np.uint8]:
-    """``pixels`` [H, W] or [H, W, 3] resampled (bicubic) to square pixels where they are not.
+def square_size(width: int, height: int, attributes: FrameAttributes) -> tuple[int, int]:
+    """(width, height) that a frame of ``width`` x ``height`` has with square pixels.
 
     Errors: ImageError when the enlarged frame is above the pixel limit.
     """
     ratio = attributes.numbers("PixelAspectRatio")
     if len(ratio) != 2 or min(ratio) <= 0:
         _note_spacing(attributes)
-        return pixels
+        return width, height
     tall = ratio[0] / ratio[1]  # height of a pixel over its width
     if abs(tall - 1) <= TOLERANCE:
-        return pixels
+        return width, height
     if not 1 / MOST_OBLONG <= tall <= MOST_OBLONG:
         attributes.notes.append(f"PixelAspectRatio {ratio[0]:g}:{ratio[1]:g} ignored")
-        return pixels
-    height, width = pixels.shape[:2]
+        return width, height
     size = (width, round(height * tall)) if tall > 1 else (round(width / tall), height)
     check_pixels(*size)
     attributes.notes.append(
         f"PixelAspectRatio {ratio[0]:g}:{ratio[1]:g}: resampled to {size[0]} x {size[1]}"
     )
+    return size
+
+
+def resample(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """``pixels`` [H, W] or [H, W, 3] at (width, height) ``size``, bicubic."""
+    if size == (pixels.shape[1], pixels.shape[0]):
+        return pixels
     from PIL import Image
 
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))

@@ -22,6 +22,7 @@ from medmo_edge.errors import ImageError
 from medmo_edge.image_budgets import MAX_FILE_BYTES, check_pixels
 
 SNIFF_BYTES = 144
+MAX_MESSAGE = 1000
 
 WindowRequest = str | int | tuple[float, float] | None
 
@@ -110,7 +111,8 @@ def read_image(path: str | os.PathLike[str], frame: int = 0, window: WindowReque
         with _open_regular(name) as file:
             return replace_path(_read(file, frame, window), name)
     except ImageError as error:
-        raise ImageError(f"{_printable(name)}: {error}") from error.__cause__
+        # Parts of a damaged file may be in the message: it stays one readable line all the same.
+        raise ImageError(_printable(f"{name}: {error}")) from error.__cause__
 
 
 def replace_path(frame: Frame, path: str) -> Frame:
@@ -189,7 +191,7 @@ def _sha256(file: BufferedReader) -> str:
         raise ImageError(f"cannot be read ({error.strerror})") from error
 
 
-def _printable(path: str) -> str:
-    """A path as one line of text, whatever bytes the file system holds."""
-    text = path.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _printable(text: str) -> str:
+    """``text`` as one line, whatever bytes the file or the file system holds."""
+    clean = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in clean)[:MAX_MESSAGE]

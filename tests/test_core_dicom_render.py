@@ -271,26 +271,6 @@ def test_deep_colour_is_scaled_by_its_depth(tmp_path: Path) -> None:
     assert show(tmp_path, dataset(rgb, BitsStored=12)).pixels.tolist() == [[[0, 128, 255]]]
 
 
-# ITU-R BT.601: red, mid grey, white in full and in partial (studio) range.
-@pytest.mark.parametrize(
-    ("photometric", "stored", "expected"),
-    [
-        ("YBR_FULL", [76, 85, 255], [254, 0, 0]),
-        ("YBR_FULL", [128, 128, 128], [128, 128, 128]),
-        ("YBR_FULL", [255, 128, 128], [255, 255, 255]),
-        ("YBR_PARTIAL", [16, 128, 128], [0, 0, 0]),
-        ("YBR_PARTIAL", [235, 128, 128], [255, 255, 255]),
-        ("YBR_PARTIAL", [82, 90, 240], [255, 1, 0]),
-    ],
-)
-def test_ybr_becomes_rgb(
-    tmp_path: Path, photometric: str, stored: list[int], expected: list[int]
-) -> None:
-    made = dataset(np.array([[stored]], np.uint8), PhotometricInterpretation=photometric)
-    pixels = show(tmp_path, made).pixels.astype(int)
-    assert np.abs(pixels - expected).max() <= 1
-
-
 def test_halved_chroma_is_spread_over_pixel_pairs(tmp_path: Path) -> None:
     made = dataset(np.zeros((1, 4, 3), np.uint8), PhotometricInterpretation="YBR_FULL_422")
     made.PixelData = bytes([10, 20, 128, 128, 30, 40, 128, 128])
@@ -317,32 +297,6 @@ def test_palettes_of_both_depths(tmp_path: Path) -> None:
     frame = show(tmp_path, low)
     assert frame.pixels.tolist() == expected
     assert "palette states 16 bits but holds 8-bit colours" in frame.source.notes
-
-
-def test_a_palette_larger_than_256_entries_is_not_wrapped(tmp_path: Path) -> None:
-    table = [0] * 300 + [200]
-    made = palette(dataset(np.array([[0, 300, 44]], np.uint16)), [table] * 3)
-    assert grey(show(tmp_path, made)) == [[0, 200, 0]]
-
-
-def test_segmented_palettes(tmp_path: Path) -> None:
-    made = palette(dataset(np.arange(12, dtype=np.uint8)[np.newaxis]), [[0] * 12] * 3)
-    # discrete 0, 10; linear to 40 in 3 steps; the first segment again (indirect); linear to 0 in 5
-    segments = bytes([0, 2, 0, 10, 1, 3, 40, 2, 1, 0, 0, 0, 0, 1, 5, 0])
-    for colour in ("Red", "Green", "Blue"):
-        del made[f"{colour}PaletteColorLookupTableData"]
-        made.add_new(f"Segmented{colour}PaletteColorLookupTableData", "OW", segments)
-    assert grey(show(tmp_path, made)) == [[0, 10, 20, 30, 40, 0, 10, 8, 6, 4, 2, 0]]
-
-
-@pytest.mark.parametrize("segments", [b"", b"\1\5\0\0", b"\0\2\1\2", b"\2\1\0\0\0\0", b"\7\1\1\1"])
-def test_damaged_palettes_are_refused(tmp_path: Path, segments: bytes) -> None:
-    made = palette(dataset(U8), [[0] * 256] * 3)
-    for colour in ("Red", "Green", "Blue"):
-        del made[f"{colour}PaletteColorLookupTableData"]
-        made.add_new(f"Segmented{colour}PaletteColorLookupTableData", "OW", segments)
-    with pytest.raises(ImageError, match="palette table red"):
-        show(tmp_path, made)
 
 
 def group(**elements: Any) -> Dataset:
