@@ -6,12 +6,14 @@ would. Several processes, packing over rows and reinforcement are not here.
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medmo_edge.preprocess import Preprocessing
+from medmo_edge.train.attention import additive
 from medmo_edge.train.auxiliary import Targets, dense_loss, dense_targets
 from medmo_edge.train.collator import Batch, Row, collate, encode_row, see
 from medmo_edge.train.questions import Turn, sample_turns
@@ -78,6 +80,17 @@ def chain(turns: Iterator[Turn], rng: np.random.Generator) -> Iterator[list[Turn
         yield waiting
 
 
+def ahead(sampler: Sampler, start: int, until: int) -> Iterator[tuple[Batch, list[Targets]]]:
+    """Batches of steps ``start`` to ``until``, each drawn while its predecessor is learned from."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(sampler.batch, start)
+        for step in range(start, until):
+            batch = waiting.result()
+            if step + 1 < until:
+                waiting = pool.submit(sampler.batch, step + 1)
+            yield batch
+
+
 @dataclass(slots=True, kw_only=True)
 class Trainer:
     """Model, dense head and optimiser of a run; ``step`` takes one batch."""
@@ -111,11 +124,15 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> "tuple[torch.Tensor, torch.Tensor]":
         """Weighted answer loss, and the vision tokens [T, width] for the dense head."""
+        import torch
+
         seen: list[torch.Tensor] = []
         tower: Any = self.model.model.visual
+        mask = additive(batch.inputs["attention_mask"], torch.bfloat16)
+        inputs = batch.inputs | {"attention_mask": mask}
         hook = tower.register_forward_hook(lambda _, __, output: seen.append(output.pooler_output))
         try:
-            hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
         finally:
             hook.remove()
         return answer_loss(hidden, self.model.lm_head, batch), seen[0]

@@ -17,11 +17,12 @@ import numpy as np
 
 from medmo_edge.errors import UsageError
 from medmo_edge.train.architecture import build_model
-from medmo_edge.train.auxiliary import build_head
+from medmo_edge.train.attention import use_library, use_products
+from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.blood import read_blood
-from medmo_edge.train.collator import see
+from medmo_edge.train.collator import Batch, see
 from medmo_edge.train.interrupt import stop_requests
-from medmo_edge.train.loop import Sampler, Trainer, build_optimizer
+from medmo_edge.train.loop import Sampler, Trainer, ahead, build_optimizer
 from medmo_edge.train.questions import sample_turns
 from medmo_edge.train.recipe import Recipe, load_recipe
 from medmo_edge.train.scenes import Scene, chest_scene
@@ -114,9 +115,10 @@ class Run:
         """Train until ``until`` steps are done, saving and looking in the recipe's rhythm."""
         rhythm = self.recipe.rhythm
         self.trainer.model.train()
+        use_products(self.trainer.model)
         with stop_requests() as stop, step_bar(self.step, until) as show:
-            while self.step < until:
-                show(self.step, self._one_step())
+            for batch, dense in ahead(self.sampler, self.step, until):
+                show(self.step, self._one_step(batch, dense))
                 if stop.is_set() or self.step % rhythm.save_every == 0:
                     self.save()
                 if stop.is_set():
@@ -125,9 +127,9 @@ class Run:
                     self.look()
                     self.write()
 
-    def _one_step(self) -> dict[str, float]:
+    def _one_step(self, batch: Batch, dense: list[Targets]) -> dict[str, float]:
         started = time.perf_counter()
-        losses = self.trainer.step(self.step, *self.sampler.batch(self.step))
+        losses = self.trainer.step(self.step, batch, dense)
         self.step += 1
         self._log(losses | {"seconds": time.perf_counter() - started})
         return losses
@@ -142,7 +144,9 @@ class Run:
         asker = Asker(self.trainer.model, self.sampler.tokenizer, self.sampler.ids, limits)
         count = self.recipe.rhythm.evaluation_phantoms
         chests = [chest_scene(HELD_OUT_SEED + i, (320, 320)) for i in range(count)]
+        use_library(self.trainer.model)
         self.figures = look(asker, self.blood_held_out, chests)
+        use_products(self.trainer.model)
         self._log(self.figures)
 
     def write(self) -> Path:
