@@ -1,13 +1,13 @@
-"""The metadata of a GGUF file, read to refuse files that would make llama.cpp abort the process.
+"""The header of a GGUF file, read to refuse files that would make llama.cpp abort the process.
 
-llama.cpp answers most damage with an error, but a missing or zero count ends in a division by zero
-or an assertion, which no caller can catch. Only that is checked here: tensors are not read, and a
-file made to attack is not detected. Layout: ggml/include/gguf.h, version 3, little endian.
+llama.cpp answers most damage with an error, but a missing count or tensor can end in a division by
+zero or an assertion, which no caller can catch. Only that is checked here: no weights are read, and
+a file made to attack is not detected. Layout: ggml/include/gguf.h, version 3, little endian.
 """
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_MAX_KEYS = 4096
+_MAX_ENTRIES = 1 << 16
 
 #: what must be there: a positive number, a text, or an array of at least one element
 POSITIVE, TEXT, ARRAY = "a positive number", "a text", "an array"
@@ -62,6 +62,17 @@ VISION_KEYS = {
 }
 
 
+#: tensors of the vision tower that llama.cpp takes for granted
+VISION_TENSORS = (
+    "v.patch_embd.weight",
+    "v.patch_embd.weight.1",
+    "v.patch_embd.bias",
+    "v.position_embd.weight",
+    "v.post_ln.weight",
+    "v.post_ln.bias",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Array:
     """An array value; its elements are skipped."""
@@ -69,30 +80,43 @@ class Array:
     length: int
 
 
-def check_metadata(path: Path, required: Mapping[str, str]) -> None:
-    """Refuse a file whose metadata lacks what ``required`` names, or cannot be read.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Metadata (key -> number, bool, text or ``Array``) and the names of the tensors."""
 
-    Errors: ArtifactError naming the file and the key.
+    values: dict[str, Any]
+    tensors: tuple[str, ...]
+
+
+def check_header(path: Path, required: Mapping[str, str], tensors: Sequence[str] = ()) -> None:
+    """Refuse a file whose header cannot be read or lacks what ``required`` and ``tensors`` name.
+
+    Errors: ArtifactError naming the file and the key or tensor.
     """
-    values = read_metadata(path)
+    header = read_header(path)
     for key, what in required.items():
-        value = values.get(key)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {
-            POSITIVE: numeric and value is not None and 0 < value < 1 << 32,
-            TEXT: isinstance(value, str) and value != "",
-            ARRAY: isinstance(value, Array) and value.length > 0,
-        }
-        if not fits[what]:
+        if not _is(what, header.values.get(key)):
             raise ArtifactError(f"{path}: {key} is not {what}: export again")
+    for name in tensors:
+        if name not in header.tensors:
+            raise ArtifactError(f"{path}: tensor {name} is missing: export again")
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Key -> number, bool, text or ``Array``. Errors: ArtifactError when it is no GGUF metadata."""
+def _is(what: str, value: Any) -> bool:
+    if what == TEXT:
+        return isinstance(value, str) and value != ""
+    if what == ARRAY:
+        return isinstance(value, Array) and value.length > 0
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return numeric and 0 < value < 1 << 32
+
+
+def read_header(path: Path) -> Header:
+    """Errors: ArtifactError when the file does not begin with a whole GGUF header."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).metadata()
-    except (OSError, ValueError, struct.error, IndexError) as error:
+            return _Reader(data).header()
+    except (OSError, OverflowError, ValueError, struct.error) as error:
         text = " ".join(str(error).split())
         raise ArtifactError(f"{path} is not a GGUF file ({text}): export again") from error
 
@@ -104,14 +128,24 @@ class _Reader:
         self._data = data
         self._at = 0
 
-    def metadata(self) -> dict[str, Any]:
+    def header(self) -> Header:
         if self._data[:4] != b"GGUF":
             raise ValueError("no GGUF signature")
         self._at = 4
-        version, _, keys = self._number("I"), self._number("Q"), self._number("Q")
-        if version != 3 or keys > _MAX_KEYS:
-            raise ValueError(f"version {version} with {keys} keys")
-        return {self._text(): self._value(self._number("I")) for _ in range(keys)}
+        version, tensors, keys = self._number("I"), self._number("Q"), self._number("Q")
+        if version != 3 or keys > _MAX_ENTRIES or tensors > _MAX_ENTRIES:
+            raise ValueError(f"version {version}, {keys} keys, {tensors} tensors")
+        values = {self._text(): self._value(self._number("I")) for _ in range(keys)}
+        return Header(values, tuple(self._tensor() for _ in range(tensors)))
+
+    def _tensor(self) -> str:
+        """Name of one tensor; its dimensions, type and offset are skipped."""
+        name = self._text()
+        dimensions = self._number("I")
+        self._at += 8 * dimensions + 4 + 8
+        if self._at > len(self._data):
+            raise ValueError("tensor table beyond the end of the file")
+        return name
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -10,7 +10,8 @@ advances the position only by the longer side of its token grid.
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,12 @@ from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import llamacpp_native as native
 from medmo_edge.runtime.backends import START, Interrupted, Mark
 from medmo_edge.runtime.device import Device
-from medmo_edge.runtime.gguf_header import LANGUAGE_KEYS, VISION_KEYS, check_metadata
+from medmo_edge.runtime.gguf_header import (
+    LANGUAGE_KEYS,
+    VISION_KEYS,
+    VISION_TENSORS,
+    check_header,
+)
 
 NAME = "llamacpp"
 _BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
@@ -94,7 +100,7 @@ class LlamaCpp:
         self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
         self._end = START
         self._capacity = 0
-        self.device = f"cpu ({device.cpu}, {threads} threads)"
+        self.device = f"cpu ({device.cpu}, {threads} thread{'s' if threads > 1 else ''})"
         self.max_cells = _max_cells(manifest, device, max_context)
         try:
             self._load(device)
@@ -104,8 +110,8 @@ class LlamaCpp:
 
     def _load(self, device: Device) -> None:
         language, vision = (self._manifest.path_of(role) for role in ("language", "vision"))
-        check_metadata(language, LANGUAGE_KEYS)
-        check_metadata(vision, VISION_KEYS)
+        check_header(language, LANGUAGE_KEYS)
+        check_header(vision, VISION_KEYS, VISION_TENSORS)
         # Reading into memory needs less of it than mapping, where repacked weights exist twice.
         mmap = device.ram_available_bytes < 1.5 * _weight_bytes(self._manifest) + _OVERHEAD_BYTES
         with self._work():
@@ -157,7 +163,6 @@ class LlamaCpp:
                 cells=cells,
                 batch=_BATCH,
                 threads=self._threads,
-                interrupt=self._interrupt,
             )
         if self._handles.context is None:
             raise BackendUnavailable(
@@ -199,9 +204,9 @@ class LlamaCpp:
     def _decode_batch(self, ids: NDArray[np.int32], start: Mark) -> None:
         positions = np.arange(len(ids), dtype=np.int32) + np.int32(self._end.position)
         batch = native.token_batch(self._library, ids, positions)
-        context = self._context()
-        with self._work():
-            code = self._library.llama.llama_decode(context, batch)
+        with self._work() if len(ids) > 1 else nullcontext():
+            # A single token is soon done: asking for interrupts at every node costs more.
+            code = self._library.llama.llama_decode(self._context(), batch)
         self._check(code, start, "text")
         self._end = Mark(self._end.cells + len(ids), self._end.position + len(ids))
 
@@ -335,9 +340,13 @@ class LlamaCpp:
         """See ``Backend``."""
         self._free()
 
-    def _work(self) -> Any:
+    @contextmanager
+    def _work(self) -> Iterator[None]:
+        """Native work that ``set_interrupt`` and signals can stop."""
         self._library.messages.clear()
-        return self._interrupt.native_work()
+        context = self._handles.context
+        with self._interrupt.native_work(), self._interrupt.of_text(self._library, context):
+            yield
 
     def _context(self) -> int:
         return self._require(self._handles.context)

@@ -173,8 +173,9 @@ class Interrupt:
         self.hook: Callable[[], bool] | None = None
         self._signalled: tuple[int, FrameType | None] | None = None
         self._nodes = 0
-        #: ctypes callbacks: for text (``llama_set_abort_callback``), vision (``cb_eval``) and load
-        self.abort_callback = library.llama.ggml_abort_callback(lambda _: self.wanted())
+        self._abort_callback = library.llama.ggml_abort_callback(lambda _: self.wanted())
+        self._never = library.llama.ggml_abort_callback(0)  # a null pointer
+        #: ctypes callbacks for the vision tower (``cb_eval``) and for loading
         self.eval_callback = library.llama.ggml_backend_sched_eval_callback(self._at_node)
         self.progress_callback = library.llama.llama_progress_callback(
             lambda _, __: not self.wanted()
@@ -190,6 +191,18 @@ class Interrupt:
             return not self.wanted()
         self._nodes += 1
         return self._nodes % _NODES_PER_LOOK == 0
+
+    @contextmanager
+    def of_text(self, library: Library, context: int | None) -> Iterator[None]:
+        """Let ``llama_decode`` of this context ask before every operation."""
+        if context is None:
+            yield
+            return
+        library.llama.llama_set_abort_callback(context, self._abort_callback, None)
+        try:
+            yield
+        finally:
+            library.llama.llama_set_abort_callback(context, self._never, None)
 
     @contextmanager
     def native_work(self) -> Iterator[None]:
@@ -267,7 +280,7 @@ def open_model(library: Library, path: Path, *, mmap: bool, interrupt: Interrupt
 
 
 def open_context(
-    library: Library, model: int, *, cells: int, batch: int, threads: int, interrupt: Interrupt
+    library: Library, model: int, *, cells: int, batch: int, threads: int
 ) -> int | None:
     """A context with an f16 KV cache of ``cells`` tokens; None when memory does not suffice."""
     llama = library.llama
@@ -276,7 +289,6 @@ def open_context(
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.offload_kqv = parameters.op_offload = False
-    parameters.abort_callback = interrupt.abort_callback
     context: int | None = llama.llama_init_from_model(model, parameters)
     return context
 
