@@ -101,14 +101,17 @@ def read_rows(info: TensorInfo, name: str, max_bytes: int) -> Iterator[NDArray[n
     rows = info.shape[0] if info.shape else 1
     row_values = math.prod(info.shape[1:])
     step = max(1, max_bytes // max(1, 4 * row_values))
-    with info.path.open("rb") as file:
-        file.seek(info.offset)
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            values = np.fromfile(file, dtype, count * row_values)
-            if values.size < count * row_values:
-                raise CheckpointError(f"{info.path} was cut off while it was read")
-            yield to_float32(values, info.dtype).reshape((count, *info.shape[1:]))
+    try:
+        with info.path.open("rb") as file:
+            file.seek(info.offset)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                values = np.fromfile(file, dtype, count * row_values)
+                if values.size < count * row_values:
+                    raise CheckpointError(f"{info.path} was cut off while it was read")
+                yield to_float32(values, info.dtype).reshape((count, *info.shape[1:]))
+    except OSError as error:
+        raise CheckpointError(f"{info.path} cannot be read: {error.strerror}") from error
 
 
 def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:

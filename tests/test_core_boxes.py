@@ -165,6 +165,8 @@ def test_several_images() -> None:
     text = f"Image 2: A {box}. Picture 1: B {box} C {box}"
     boxes = parse(text, images=2).boxes
     assert [(box.label, box.image) for box in boxes] == [("A", 1), ("B", 0), ("C", 0)]
+    last = parse(f"Unlike image 1, image 2 shows A {box}", images=2).boxes
+    assert [box.image for box in last] == [1]
     beyond = parse("Image 3: A <box>[[1, 2, 3, 4]]</box>", images=2)
     assert beyond.boxes == () and "image 3" in beyond.rejected[0]
     # With one image, a name such as "Image 2" is only part of the label.

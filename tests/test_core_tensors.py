@@ -72,6 +72,9 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     os.truncate(path, info.offset + 20_000)
     with pytest.raises(CheckpointError, match="was cut off while it was read"):
         list(read_rows(info, "a", 4_000))
+    path.unlink()
+    with pytest.raises(CheckpointError, match="a.safetensors cannot be read: No such file"):
+        list(read_rows(info, "a", 4_000))
 
 
 def test_unreadable_type(tmp_path: Path) -> None:
