@@ -44,7 +44,7 @@ def resample(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uin
         return pixels
     from PIL import Image
 
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
 def _note_spacing(attributes: FrameAttributes) -> None:

@@ -169,15 +169,21 @@ def _open_regular(path: str) -> Iterator[BufferedReader]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ImageError(f"cannot be opened ({reason or error})") from error
-    with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode):
-            raise ImageError("is not a regular file")
-        if facts.st_size == 0:
-            raise ImageError("is empty")
-        if facts.st_size > MAX_FILE_BYTES:
-            raise ImageError(f"has {facts.st_size} bytes, above the limit of {MAX_FILE_BYTES}")
-        yield file
+    try:
+        _check_facts(os.fstat(descriptor))
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def _check_facts(facts: os.stat_result) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        raise ImageError("is not a regular file")
+    if facts.st_size == 0:
+        raise ImageError("is empty")
+    if facts.st_size > MAX_FILE_BYTES:
+        raise ImageError(f"has {facts.st_size} bytes, above the limit of {MAX_FILE_BYTES}")
 
 
 _BINARY = getattr(os, "O_BINARY", 0)  # Windows would translate line ends otherwise

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from medmo_edge.errors import ImageError
 from medmo_edge.image_budgets import check_pixels
 
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "MPO")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")  # Pillow opens MPO as JPEG
 DEPTHS = (8, 10, 12, 14, 16)
 
 _ORIENTATION = 0x0112
