@@ -54,6 +54,7 @@ _NEW_SYNTAXES = {
 PACKAGES = {
     "gdcm": "python-gdcm",
     "imagecodecs": "imagecodecs",
+    "pillow": "pillow",
     "pyjpegls": "pyjpegls",
     "pylibjpeg": "pylibjpeg pylibjpeg-openjpeg pylibjpeg-rle",
 }
