@@ -4,13 +4,15 @@
 
 Writes a sharded bf16 checkpoint of Qwen3-VL's 4B or 8B shape (9 or 18 GB; kept with --keep),
 exports it in a child process and reads that process's memory from /proc (Linux). Peak RSS counts
-everything resident, mapped file pages included; anonymous memory leaves those out. --tokenizer
+everything resident, mapped file pages included; anonymous memory leaves those out. CPU seconds, all
+threads together, are the fair time on a busy machine. --tokenizer
 names a folder with Qwen3's tokenizer.json. The weights say nothing about accuracy.
 """
 
 import argparse
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from medmo_edge.model_config import expected_tensors, read_config
 _SHARD_BYTES = 4 << 30
 _TILE_VALUES = 1 << 22
 _POLL_SECONDS = 0.05
+_HEADER = f"{'target':14}{'seconds':>9}{'CPU':>9}{'peak RSS':>12}{'anonymous':>12}{'artifact':>17}"
 # The published shapes of Qwen3-VL-4B-Instruct and -8B-Instruct.
 _TEXT = {
     "4b": {"hidden_size": 2560, "intermediate_size": 9728},
@@ -63,7 +66,7 @@ def main() -> None:
     try:
         if not checkpoint.exists():
             write_checkpoint(checkpoint, options.size, options.tokenizer)
-        print(f"{'target':14}{'seconds':>9}{'peak RSS':>12}{'anonymous':>12}{'artifact':>17}")
+        print(_HEADER)
         for target in options.target:
             print(_row(target, measure(checkpoint, target, options.work_dir / target)), flush=True)
     finally:
@@ -73,7 +76,7 @@ def main() -> None:
 
 def _row(target: str, found: dict[str, int | float]) -> str:
     return (
-        f"{target:14}{found['seconds']:9.1f}{found['peak'] / 1e6:9.0f} MB"
+        f"{target:14}{found['seconds']:9.1f}{found['cpu']:9.1f}{found['peak'] / 1e6:9.0f} MB"
         f"{found['anonymous'] / 1e6:9.0f} MB{found['bytes']:15,} B"
     )
 
@@ -81,7 +84,7 @@ def _row(target: str, found: dict[str, int | float]) -> str:
 def measure(checkpoint: Path, target: str, output: Path) -> dict[str, int | float]:
     """Export in a child process; peaks in bytes. The artifact is checked, then removed."""
     command = [sys.executable, "-m", "medmo_edge", "export", str(checkpoint)]
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), _children_cpu()
     process = subprocess.Popen([*command, "--target", target, "-o", str(output)])
     peak = anonymous = 0
     while process.poll() is None:
@@ -94,7 +97,18 @@ def measure(checkpoint: Path, target: str, output: Path) -> dict[str, int | floa
     seconds = time.monotonic() - started
     size = sum(record["bytes"] for record in read_manifest(output).files.values())
     shutil.rmtree(output)
-    return {"seconds": seconds, "peak": peak, "anonymous": anonymous, "bytes": size}
+    return {
+        "seconds": seconds,
+        "cpu": _children_cpu() - cpu_before,
+        "peak": peak,
+        "anonymous": anonymous,
+        "bytes": size,
+    }
+
+
+def _children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _memory(pid: int) -> dict[str, int]:

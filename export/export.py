@@ -62,7 +62,8 @@ def export_checkpoint(
     started = time.monotonic()
     matrix = read_imatrix(imatrix) if imatrix else None
     with open_checkpoint(checkpoint) as opened, new_artifact(output) as staging:
-        plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix))
+        plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix or ""))
+        facts = _model_facts(opened)
         _check_space(plan.data_bytes + opened.tokenizer_path.stat().st_size, staging)
         weights = write_files(plan, opened, matrix, report)
         shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
@@ -71,7 +72,7 @@ def export_checkpoint(
         manifest = Manifest(
             target=row.name,
             backend=row.backend,
-            model=_model_facts(opened),
+            model=facts,
             coords=opened.coords,
             preprocessing=opened.preprocessing.to_dict(),
             files=_record_files(staging, report),

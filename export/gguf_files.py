@@ -52,42 +52,46 @@ def plan_gguf(
     are not exactly Qwen3-VL's, CalibrationError when the importance matrix is not this model's.
     """
     _require_gguf()
-    config = checkpoint.config
+    text = checkpoint.config.text
     language, vision = plan_tensors(checkpoint)
     mixture = Mixture(
         weights=weights,
-        num_layers=config.text.num_layers,
-        heads_per_kv_head=config.text.num_heads // config.text.num_kv_heads,
-        is_tied=config.text.tie_word_embeddings,
+        num_layers=text.num_layers,
+        heads_per_kv_head=text.num_heads // text.num_kv_heads,
+        is_tied=text.tie_word_embeddings,
         has_imatrix=imatrix is not None,
     )
     types = {tensor.name: language_type(tensor, mixture) for tensor in language}
     if imatrix:
         _check_coverage(imatrix, language, types, source)
+    keys = partial(
+        add_language_keys,
+        checkpoint=checkpoint,
+        weights=weights,
+        size_label=_size_label(language),
+        imatrix=_imatrix_keys(imatrix, source),
+    )
     return GgufPlan(
         language=GgufFile(
             path=folder / LANGUAGE_FILE,
             architecture="qwen3vl",
             tensors=language,
             types=types,
-            add_keys=partial(
-                add_language_keys,
-                checkpoint=checkpoint,
-                weights=weights,
-                size_label=_size_label(language),
-                imatrix=_imatrix_keys(imatrix, source),
-            ),
+            add_keys=keys,
         ),
-        vision=GgufFile(
-            path=folder / VISION_FILE,
-            architecture="clip",
-            tensors=vision,
-            types={tensor.name: vision_type(tensor) for tensor in vision},
-            add_keys=partial(
-                add_vision_keys, checkpoint=checkpoint, size_label=_size_label(vision)
-            ),
-        ),
+        vision=_plan_vision(checkpoint, vision, folder / VISION_FILE),
         mixture=mixture,
+    )
+
+
+def _plan_vision(checkpoint: Checkpoint, tensors: list[Planned], path: Path) -> GgufFile:
+    size_label = _size_label(tensors)
+    return GgufFile(
+        path=path,
+        architecture="clip",
+        tensors=tensors,
+        types={tensor.name: vision_type(tensor) for tensor in tensors},
+        add_keys=partial(add_vision_keys, checkpoint=checkpoint, size_label=size_label),
     )
 
 

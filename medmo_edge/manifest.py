@@ -286,4 +286,4 @@ def _write_error(error: OSError, output: Path) -> ExportError:
     if error.errno in _DISK_FULL:
         return ExportError(f"disk full while writing {output}: free some space; nothing was left")
     where = f" ({error.filename})" if error.filename else ""
-    return ExportError(f"cannot write {output}: {error.strerror or error}{where}")
+    return ExportError(f"cannot make {output}: {error.strerror or error}{where}")

@@ -248,6 +248,6 @@ def test_a_real_full_disk_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ExportError, match="cannot write"):
+    with pytest.raises(ExportError, match="cannot make"):
         write_artifact(tmp_path / "file" / "a")
     assert os.listdir(tmp_path) == ["file"]
