@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from medmo_edge.boxes import COORDS
-from medmo_edge.checkpoint import NANO_FOLDER, Checkpoint, open_checkpoint
+from medmo_edge.checkpoint import NANO_FOLDER, open_checkpoint
 from medmo_edge.errors import CheckpointError
 from medmo_edge.model_config import expected_tensors
 
@@ -255,10 +255,9 @@ def test_identity_follows_every_byte_that_matters(copy: Path, tiny_checkpoint: P
 
 
 def test_nano_is_the_embedded_folder() -> None:
-    if not (NANO_FOLDER / "config.json").exists():
-        with pytest.raises(CheckpointError):
-            open_checkpoint("nano")
-        pytest.skip("this checkout has no embedded checkpoint yet")
     with open_checkpoint("nano") as nano:
-        assert isinstance(nano, Checkpoint) and nano.path == NANO_FOLDER
+        assert nano.path == NANO_FOLDER and nano.coords == "norm1000"
         assert nano.load_tokenizer().length <= nano.config.text.vocab_size
+        # The limits that the package promises for what it ships.
+        assert 1_000_000 < nano.num_parameters < 8_000_000
+        assert sum(path.stat().st_size for path in NANO_FOLDER.iterdir()) < 16 << 20
