@@ -153,6 +153,8 @@ def _check_entry(path: Path, name: str, values: NDArray[np.float32], count: floa
         raise CalibrationError(
             f"{path}: {name} holds values that are no mean squares (negative, NaN or infinite)"
         )
+    if not values.any():
+        raise CalibrationError(f"{path}: {name} is zero everywhere: calibrate with more samples")
 
 
 def _strings(reader: "GGUFReader", key: str) -> tuple[str, ...]:

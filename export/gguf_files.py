@@ -13,6 +13,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medmo_edge.calibration.imatrix import Imatrix
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import CalibrationError, ExportError
@@ -99,7 +102,8 @@ def write_files(
     plan: GgufPlan, checkpoint: Checkpoint, imatrix: Imatrix | None, progress: Progress
 ) -> dict[str, Any]:
     """Write both files; returns what the manifest says about their weights."""
-    with Quantiser(imatrix.means if imatrix else None) as quantiser:
+    means = imatrix.means if imatrix else {}
+    with Quantiser({name: _without_zeros(mean) for name, mean in means.items()}) as quantiser:
         language = _write(plan.language, checkpoint, quantiser, "language model", progress)
         vision = _write(plan.vision, checkpoint, quantiser, "vision tower", progress)
     notes = []
@@ -138,6 +142,15 @@ def _write(
             return file
         except Float16Overflow as overflow:
             file = replace(file, types={**file.types, overflow.name: "F32"})
+
+
+def _without_zeros(mean: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Importances with zeros raised to a millionth of their mean.
+
+    llama.cpp writes weights of zero where a whole sub-block (16 channels in Q6_K) has importance
+    zero: a channel that calibration never met would be gone for good.
+    """
+    return np.where(mean > 0, mean, mean.mean() * np.float32(1e-6)).astype(np.float32)
 
 
 def _check_coverage(

@@ -148,6 +148,11 @@ def test_entries_that_saw_nothing(tmp_path: Path, count: float) -> None:
     assert "w saw" in refusal(write_raw(tmp_path / "i.gguf", tensors))
 
 
+def test_entries_that_are_zero_everywhere(tmp_path: Path) -> None:
+    tensors = {"w.in_sum2": f32(0, 0), "w.counts": f32(5)}
+    assert "w is zero everywhere" in refusal(write_raw(tmp_path / "i.gguf", tensors))
+
+
 def test_experts_and_missing_counts(tmp_path: Path) -> None:
     tensors = {"w.in_sum2": np.ones((2, 4), np.float32), "w.counts": np.ones((2, 1), np.float32)}
     assert "w has 2 counts" in refusal(write_raw(tmp_path / "i.gguf", tensors))

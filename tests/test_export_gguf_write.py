@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from medmo_edge.calibration.imatrix import Imatrix, write_imatrix
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import ExportError
 from medmo_edge.export import gguf_quantise, gguf_write
@@ -18,6 +19,7 @@ from medmo_edge.export.gguf_quantise import Quantiser, row_bytes
 
 gguf = pytest.importorskip("gguf")
 
+INPUTS_256 = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"]
 KINDS = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_XS", "Q5_1", "Q5_0", "IQ4_NL"]
 
 
@@ -81,6 +83,33 @@ def test_importance_lowers_the_error_where_it_counts(kind: str) -> None:
 
     assert error({"w": importance}) < 0.95 * error({})
     assert error({"another": importance}) == error({})
+
+
+@pytest.mark.parametrize("target", ["gguf-q6_k", "gguf-q4_k_m", "gguf-iq4_xs"])
+def test_channels_that_calibration_never_met_keep_their_weights(
+    tiny_checkpoint: Path, tmp_path: Path, target: str
+) -> None:
+    """llama.cpp alone would write zeros for them, which the second half shows."""
+    pytest.importorskip("llama_cpp")
+    importance = np.ones(256, np.float32)
+    importance[:64] = 0
+    names = [f"blk.{layer}.{name}.weight" for layer in range(4) for name in INPUTS_256]
+    means = dict.fromkeys(names, importance)
+    means |= {f"blk.{layer}.ffn_down.weight": np.ones(512, np.float32) for layer in range(4)}
+    write_imatrix(tmp_path / "i.gguf", Imatrix(means=means, counts=dict.fromkeys(means, 1.0)))
+    manifest = export_checkpoint(
+        tiny_checkpoint, target, tmp_path / "a", imatrix=tmp_path / "i.gguf"
+    )
+    tensors = {each.name: each for each in gguf.GGUFReader(manifest.path_of("language")).tensors}
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    weights = open_checkpoint(tiny_checkpoint).read(name)
+    stored = tensors["blk.0.ffn_up.weight"]
+    kept = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    assert np.abs(kept - weights)[:, :64].mean() < 0.1 * np.abs(weights).mean()
+    if target == "gguf-q6_k":
+        with Quantiser({"w": importance}) as quantiser:
+            lost = quantiser.quantise("w", "Q6_K", weights)
+        assert not gguf.quants.dequantize(lost, stored.tensor_type)[:, :64].any()
 
 
 def test_small_blocks_write_the_same_files(
