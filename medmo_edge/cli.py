@@ -177,8 +177,9 @@ def main() -> NoReturn:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         hint = f" (see: {where} --help)" if where else ""
         _fail(error.format_message() + hint, EXIT_USER)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        # click turns KeyboardInterrupt into Abort; a training run says there where it stopped.
+        _fail(str(stop.__cause__ or stop) or "interrupted", EXIT_INTERRUPTED)
     except MedmoError as error:
         _fail(str(error), EXIT_USER)
     except BrokenPipeError:

@@ -25,7 +25,7 @@ MIN_SIDE = 64
 Map = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Phantom:
     """One drawn radiograph: pixels [H, W] uint8, boxes in its pixels, and what is true of it.
 
@@ -40,7 +40,7 @@ class Phantom:
     seed: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Chest:
     """Where things are in one drawn chest, in fractions; lungs are (left edge first) ellipses."""
 

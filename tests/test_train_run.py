@@ -101,7 +101,7 @@ def test_ctrl_c_saves_the_step_it_interrupts(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     done = max(log(folder))
-    assert f"KeyboardInterrupt: step {done} is saved in {folder}".encode() in errors
+    assert f"stopped at step {done}: go on with --resume".encode() in errors
     assert complete_steps(folder)[-1].name == f"step-{done:06d}"
 
 

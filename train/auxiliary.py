@@ -26,7 +26,7 @@ HUNDREDS, TENS = 11, 10  # 0..1000 as leading and second digit
 COVERAGE_WEIGHT = 3.0  # covered tokens are few
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Targets:
     """cover [T, K] in 0..1; corners [T, K, 4] in 0..1000, -1 where a token speaks for no box."""
 

@@ -41,7 +41,7 @@ IGNORE = -100
 PREFIX = 0  # branch number of the picture's prompt; questions count from 1, padding is -1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Picture:
     """What the model sees of one scene: patches [N, P], their grid, and the sizes for its boxes."""
 
@@ -51,7 +51,7 @@ class Picture:
     vision_tokens: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Row:
     """Token ids, labels, branch numbers and weights [L], positions [3, L], with their picture."""
 
@@ -63,7 +63,7 @@ class Row:
     picture: Picture
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
     """Tensors of ``rows``; ``inputs`` are the model's arguments, labels and weights are [B, L]."""
 
@@ -139,7 +139,7 @@ def encode_row(
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]

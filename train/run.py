@@ -122,7 +122,7 @@ class Run:
                 if stop.is_set() or self.step % rhythm.save_every == 0:
                     self.save()
                 if stop.is_set():
-                    raise KeyboardInterrupt(f"step {self.step} is saved in {self.output}")
+                    raise KeyboardInterrupt(f"stopped at step {self.step}: go on with --resume")
                 if self.step % rhythm.evaluate_every == 0:
                     self.look()
                     self.write()

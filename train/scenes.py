@@ -27,7 +27,7 @@ TRIES = 12
 PHANTOM_SIZES = ((288, 320), (320, 320), (256, 320), (320, 256), (384, 448), (224, 256))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scene:
     """pixels [H, W, 3] uint8, boxes in its pixels, and ``facts`` as ``phantoms`` states them."""
 
