@@ -65,6 +65,11 @@ class Chat:
                 f"{manifest.folder}: tokenizer has {tokenizer.length} ids, manifest says "
                 f"{model.get('tokenizer_length')}: export again"
             )
+        if tokenizer.length > model.get("vocab_size", 0):
+            raise ArtifactError(
+                f"{manifest.folder}: tokenizer has {tokenizer.length} ids, the model only "
+                f"{model.get('vocab_size')}: export again"
+            )
         return chat
 
     def picture(self, frame: Frame) -> Picture:

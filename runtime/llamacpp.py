@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing
+from medmo_edge.runtime import llamacpp_fit as fit
 from medmo_edge.runtime import llamacpp_native as native
 from medmo_edge.runtime.backends import START, Interrupted, Mark
 from medmo_edge.runtime.device import Device
@@ -33,12 +34,7 @@ from medmo_edge.runtime.gguf_header import (
 
 NAME = "llamacpp"
 _BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
-_FIRST_CELLS = 2048  # the KV cache grows by doubling from here
-_MAX_CELLS = 32768
-_MIN_CELLS = 1024
 _MAX_IMAGE_TOKENS = 1 << 20
-_SMALL_BYTES = 64 << 20
-_OVERHEAD_BYTES = 300 << 20  # compute buffers, tokenizer, Python
 _IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 _SEQUENCE = 0
 _ABORTED = 2  # llama_decode
@@ -51,14 +47,7 @@ def unavailable() -> str | None:
 
 def unsuited(manifest: Manifest, device: Device) -> str | None:
     """Why this artifact does not fit this machine, else None."""
-    needed = _weight_bytes(manifest) + _MIN_CELLS * _cell_bytes(manifest) + _OVERHEAD_BYTES
-    if 0 < device.ram_available_bytes < needed:
-        return (
-            f"needs about {needed / 1e9:.1f} GB of memory, "
-            f"{device.ram_available_bytes / 1e9:.1f} GB are free: close programs, or export a "
-            "smaller target"
-        )
-    return None
+    return fit.memory_obstacle(manifest, device)
 
 
 def describe() -> dict[str, Any]:
@@ -80,7 +69,7 @@ def open(
     llama.cpp refuses a file, BackendUnavailable when the library is missing or memory does not
     suffice.
     """
-    return LlamaCpp(manifest, device, threads or _default_threads(manifest, device), max_context)
+    return LlamaCpp(manifest, device, threads or fit.default_threads(manifest, device), max_context)
 
 
 class LlamaCpp:
@@ -96,12 +85,13 @@ class LlamaCpp:
         self._handles = native.Handles(self._library)
         self._free = weakref.finalize(self, self._handles.free)
         self._manifest = manifest
+        self._facts = fit.Facts.of(manifest)
         self._threads = threads
         self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
         self._end = START
         self._capacity = 0
         self.device = f"cpu ({device.cpu}, {threads} thread{'s' if threads > 1 else ''})"
-        self.max_cells = _max_cells(manifest, device, max_context)
+        self.max_cells = fit.max_cells(manifest, device, max_context)
         try:
             self._load(device)
         except BaseException:
@@ -112,8 +102,7 @@ class LlamaCpp:
         language, vision = (self._manifest.path_of(role) for role in ("language", "vision"))
         check_header(language, LANGUAGE_KEYS)
         check_header(vision, VISION_KEYS, VISION_TENSORS)
-        # Reading into memory needs less of it than mapping, where repacked weights exist twice.
-        mmap = device.ram_available_bytes < 1.5 * _weight_bytes(self._manifest) + _OVERHEAD_BYTES
+        mmap = fit.should_map(self._manifest, device)
         with self._work():
             self._handles.model = native.open_model(
                 self._library, language, mmap=mmap, interrupt=self._interrupt
@@ -130,7 +119,7 @@ class LlamaCpp:
                 interrupt=self._interrupt,
             )
         self._loaded(self._handles.vision, vision)
-        self._open_context(min(_FIRST_CELLS, self.max_cells))
+        self._open_context(min(fit.FIRST_CELLS, self.max_cells))
 
     def _loaded(self, handle: int | None, path: Path) -> int:
         if handle is None:
@@ -140,14 +129,14 @@ class LlamaCpp:
         return handle
 
     def _check_language(self, model: int, path: Path) -> None:
-        llama, facts = self._library.llama, self._manifest.model
-        levels = 1 + facts["deepstack_levels"]
+        llama, facts = self._library.llama, self._facts
         found = {
             "vocabulary": llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)),
             "hidden size": llama.llama_model_n_embd(model),
             "image embedding size": llama.llama_model_n_embd_inp(model),
         }
-        stated = (facts["vocab_size"], facts["hidden_size"], facts["hidden_size"] * levels)
+        levels = 1 + facts.deepstack_levels  # a row holds the main embedding and one per level
+        stated = (facts.vocab_size, facts.hidden_size, facts.hidden_size * levels)
         for (what, value), expected in zip(found.items(), stated, strict=True):
             if value != expected:
                 raise ArtifactError(
@@ -197,8 +186,8 @@ class LlamaCpp:
         for first in range(0, len(ids), _BATCH):
             self._decode_batch(np.array(ids[first : first + _BATCH], dtype=np.int32), start)
         logits = self._library.llama.llama_get_logits_ith(self._context(), -1)
-        size = self._manifest.model["vocab_size"]
-        copy: NDArray[np.float32] = np.ctypeslib.as_array(logits, (size,)).copy()
+        shape = (self._facts.vocab_size,)
+        copy: NDArray[np.float32] = np.ctypeslib.as_array(logits, shape).copy()
         return copy
 
     def _decode_batch(self, ids: NDArray[np.int32], start: Mark) -> None:
@@ -293,9 +282,9 @@ class LlamaCpp:
                 f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or "
                 "fewer images, or a shorter question"
             )
-        if self._end.position + positions > self._manifest.model["max_positions"]:
+        if self._end.position + positions > self._facts.max_positions:
             raise GenerationError(
-                f"the model knows only {self._manifest.model['max_positions']} positions"
+                f"the conversation is longer than the model's {self._facts.max_positions} positions"
             )
         if needed > self._capacity:
             self._grow(needed)
@@ -359,28 +348,3 @@ class LlamaCpp:
 
 def _pointer(state: NDArray[np.uint8]) -> Any:
     return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def _weight_bytes(manifest: Manifest) -> int:
-    roles = ("language", "vision")
-    return sum(record["bytes"] for record in manifest.files.values() if record["role"] in roles)
-
-
-def _default_threads(manifest: Manifest, device: Device) -> int:
-    """Operations of a small model end sooner than a second thread wakes up: one is faster."""
-    return 1 if _weight_bytes(manifest) < _SMALL_BYTES else device.cores
-
-
-def _cell_bytes(manifest: Manifest) -> int:
-    """Bytes of the f16 KV cache per token."""
-    facts = manifest.model
-    return int(2 * 2 * facts["num_layers"] * facts["num_kv_heads"] * facts["head_dim"])
-
-
-def _max_cells(manifest: Manifest, device: Device, wanted: int | None) -> int:
-    """Tokens of the longest conversation: as asked, else half of the memory left by the weights."""
-    if wanted is not None:
-        return max(1, wanted)
-    spare = device.ram_available_bytes - _weight_bytes(manifest) - _OVERHEAD_BYTES
-    affordable = int(spare / 2 / _cell_bytes(manifest)) // 256 * 256
-    return max(_MIN_CELLS, min(_MAX_CELLS, affordable))

@@ -98,10 +98,17 @@ class Stream(Iterator[str]):
         self._limits.cancel()
 
     def close(self) -> None:
-        """Give up the answer; ``answer`` stays None unless it was complete."""
-        if self._pieces is not None:
-            self._pieces.close()
-            self._pieces = None
+        """Give up the answer; ``answer`` stays None unless it was complete.
+
+        While another thread takes a piece, that thread's answer ends as if cancelled.
+        """
+        pieces = self._pieces
+        if pieces is not None:
+            try:
+                pieces.close()
+                self._pieces = None
+            except ValueError:  # the generator is running in another thread
+                self.cancel()
 
     def finish(self) -> Answer:
         """Take all remaining pieces and return the answer.
@@ -129,6 +136,7 @@ class Study:
         self._sources = tuple(frame.source.to_dict() for frame in frames)
         self._pictures = [session._chat.picture(frame) for frame in frames]
         self._prefix: Prefix | None = None
+        self._lock = threading.Lock()  # of _prefix, between threads that share the study
         self._closed = False
 
     def ask(
@@ -146,11 +154,14 @@ class Study:
         """The answer piece by piece; otherwise as ``ask``."""
         if self._closed:
             raise GenerationError("the study is closed: open it again with session.study")
-        ids, rest = self._session._chat.prompt(question, self._pictures)
-        if self._prefix is None or self._prefix.ids != ids:
-            self._forget()
-            self._prefix = Prefix(ids, self._session._chat.segments(ids, self._pictures))
-        return self._session._stream(self, self._prefix, rest, _options(options, changes))
+        chat = self._session._chat
+        ids, rest = chat.prompt(question, self._pictures)
+        with self._lock:
+            if self._prefix is None or self._prefix.ids != ids:
+                self._forget()
+                self._prefix = Prefix(ids, chat.segments(ids, self._pictures))
+            prefix = self._prefix
+        return self._session._stream(self, prefix, rest, _options(options, changes))
 
     def locate(self, target: str, **options: Any) -> Answer:
         """Ask where ``target`` is, e.g. ``locate("nodule")``; see ``answer.boxes``."""
@@ -255,10 +266,13 @@ class Session:
         return self.ask(images, TASK_PROMPTS["caption"], **options)
 
     def close(self) -> None:
-        """Free the model's memory once the running answer has ended; harmless when called again."""
-        self._end_own_stream()
+        """Cancel the running answer and free the model's memory; harmless when called again."""
+        self._closed = True
+        holder = self._holder
+        running = holder[1]() if holder is not None else None
+        if running is not None:
+            running.close()
         with self._turn:
-            self._closed = True
             self._backend.close()
 
     def _stream(

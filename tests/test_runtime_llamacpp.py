@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
 from medmo_edge.images import Frame
-from medmo_edge.runtime import llamacpp, llamacpp_native
+from medmo_edge.runtime import llamacpp, llamacpp_fit, llamacpp_native
 from medmo_edge.runtime.backends import START, Interrupted
 from medmo_edge.runtime.prefixes import Cost, Prefix
 from medmo_edge.runtime.session import Session, Study, load
@@ -247,7 +247,9 @@ def test_a_growing_context_changes_nothing(
 ) -> None:
     frames = [_frame(200, 200), _frame(300, 100, 1)]
     expected = session.ask(frames, "Describe this medical image.", max_new_tokens=120)
-    monkeypatch.setattr(llamacpp, "_FIRST_CELLS", 16)  # grows in images, in text and in the answer
+    monkeypatch.setattr(
+        llamacpp_fit, "FIRST_CELLS", 16
+    )  # grows in images, in text and in the answer
     with load(tiny_artifact, threads=1) as grown:
         found = grown.ask(frames, "Describe this medical image.", max_new_tokens=120)
         assert grown._backend._capacity >= expected.timings.prompt_tokens + 119  # type: ignore[attr-defined]
@@ -257,7 +259,7 @@ def test_a_growing_context_changes_nothing(
 def test_a_context_that_cannot_grow_leaves_the_study_usable(
     tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llamacpp, "_FIRST_CELLS", 128)
+    monkeypatch.setattr(llamacpp_fit, "FIRST_CELLS", 128)
     with load(tiny_artifact, threads=1) as opened:
         study = opened.study(_frame(96, 96))
         expected = study.ask("Is it?", max_new_tokens=8).text
@@ -428,6 +430,8 @@ def test_a_manifest_that_lies_about_the_model(tiny_artifact: Path, tmp_path: Pat
         ("vocab_size", 1000, "vocabulary 448, the manifest says 1000"),
         ("deepstack_levels", 3, "image embedding size 512, the manifest says 1024"),
         ("tokenizer_length", 5, "tokenizer has 443 ids"),
+        ("vocab_size", 400, "tokenizer has 443 ids, the model only 400"),
+        ("num_layers", "four", "model num_layers 'four', which is no positive number"),
         ("image_token", None, "image_token"),
     ):
         changed = manifest | {"model": manifest["model"] | {key: value}}
@@ -460,8 +464,8 @@ def test_a_small_model_uses_one_thread_and_a_large_one_all_cores(tiny_artifact: 
     small = read_manifest(tiny_artifact)
     records = {name: {**record, "bytes": 1 << 30} for name, record in small.files.items()}
     large = replace(small, files=records)  # type: ignore[arg-type]
-    assert llamacpp._default_threads(small, machine) == 1
-    assert llamacpp._default_threads(large, machine) == 8
+    assert llamacpp_fit.default_threads(small, machine) == 1
+    assert llamacpp_fit.default_threads(large, machine) == 8
 
 
 def test_too_little_memory_is_a_reason(

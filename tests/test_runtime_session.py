@@ -247,6 +247,31 @@ def test_closing_ends_a_stream_of_the_same_thread(frame: Frame) -> None:
     assert list(stream) == []
 
 
+def test_closing_ends_a_stream_that_another_thread_left_alone(frame: Frame) -> None:
+    session = load("fake:abc")
+    study = session.study(frame)
+    streams = [study.stream("What?")]
+    other = threading.Thread(target=lambda: next(streams[0]))
+    other.start()
+    other.join(10)
+    session.close()  # would wait forever for its turn
+    assert list(streams[0]) == []
+
+
+@pytest.mark.usefixtures("slow")
+def test_closing_cancels_an_answer_in_another_thread(frame: Frame) -> None:
+    session = load("fake:" + "a" * 500)
+    study = session.study(frame)
+    answers: list[medmo_edge.Answer] = []
+    other = threading.Thread(target=lambda: answers.append(study.ask("What?")))
+    other.start()
+    time.sleep(0.3)
+    session.close()
+    other.join(10)
+    assert answers[0].finish_reason == "cancelled"
+    assert 0 < len(answers[0].text) < 500
+
+
 def test_paths_that_are_no_artifacts(tmp_path: Any) -> None:
     with pytest.raises(ArtifactError):
         load(tmp_path / "absent")
