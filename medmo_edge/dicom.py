@@ -10,6 +10,7 @@ deadline do not.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from medmo_edge.dicom_square import resample
 from medmo_edge.errors import ImageError
-from medmo_edge.image_budgets import MAX_PIXELS, child_seconds
+from medmo_edge.image_budgets import CHILD_WALL_FACTOR, check_pixels, child_seconds
 
 IN_PROCESS = "MEDMO_EDGE_DICOM_IN_PROCESS"
 MAX_ANSWER_LINE = 2**20
@@ -36,7 +37,7 @@ def read_dicom(
     Errors: ImageError.
     """
     request = json.dumps({"frame": frame, "window": _checked(window)})
-    if os.environ.get(IN_PROCESS) == "1" or not sys.executable:
+    if os.environ.get(IN_PROCESS) == "1":
         from medmo_edge.dicom_child import answer
 
         reply, pixels = answer(file, request)
@@ -66,9 +67,36 @@ def _checked(window: object) -> object:
 
 def _ask_child(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
     seconds = child_seconds(os.fstat(file.fileno()).st_size)
-    file.seek(0)
+    child = _start_child(file, request, seconds)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds * CHILD_WALL_FACTOR, stop)
+    timer.daemon = True
+    timer.start()
     try:
-        child = subprocess.Popen(
+        assert child.stdout is not None
+        with child.stdout as pipe:
+            reply = _receive(pipe)
+        if reply is None:
+            child.wait()  # it has closed its end: the reason is in its exit code
+    finally:
+        timer.cancel()
+        child.kill()
+        child.wait()
+    if reply is None:
+        raise ImageError(_ending(child.returncode, late.is_set(), seconds))
+    return reply
+
+
+def _start_child(file: BinaryIO, request: str, seconds: float) -> subprocess.Popen[bytes]:
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise ImageError(f"no Python to start for decoding: set {IN_PROCESS}=1 to decode without")
+    try:
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "medmo_edge.dicom_child", request, str(seconds)],
             stdin=file,
             stdout=subprocess.PIPE,
@@ -77,27 +105,6 @@ def _ask_child(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np
         )
     except OSError as error:
         raise ImageError(f"cannot start a process for decoding ({error})") from error
-    late = threading.Event()
-
-    def stop() -> None:
-        late.set()
-        child.kill()
-
-    timer = threading.Timer(seconds, stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        assert child.stdout is not None
-        reply = _receive(child.stdout)
-    finally:
-        timer.cancel()
-        child.kill()
-        child.wait()
-        if child.stdout is not None:
-            child.stdout.close()
-    if reply is None:
-        raise ImageError(_ending(child.returncode, late.is_set(), seconds))
-    return reply
 
 
 def _child_environment() -> dict[str, str]:
@@ -108,16 +115,31 @@ def _child_environment() -> dict[str, str]:
 
 
 def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], NDArray[np.uint8] | None] | None:
-    """The child's answer: one line of JSON, then the pixels; None when it ended before."""
+    """The child's answer: one line of JSON, then the pixels; None when it ended before.
+
+    The child has handled hostile bytes: its answer is checked like any other input.
+    """
     line = pipe.readline(MAX_ANSWER_LINE)
     if not line.endswith(b"\n"):
         return None
-    reply: dict[str, Any] = json.loads(line)
-    shape = reply.get("shape")
-    if shape is None:
-        return reply, None
-    if shape[0] * shape[1] > MAX_PIXELS:
-        return None
+    try:
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            return {"error": str(reply["error"])}, None
+        height, width, *samples = (int(number) for number in reply["shape"])
+        check_pixels(width, height)
+        check_pixels(*reply["size"])
+        reply["source"]["notes"] = [str(note) for note in reply["source"]["notes"]]
+    except (ImageError, KeyError, TypeError, ValueError) as error:
+        raise ImageError("the decoding process gave a damaged answer") from error
+    return _receive_pixels(pipe, reply, (height, width, *samples[:1]))
+
+
+def _receive_pixels(
+    pipe: IO[bytes], reply: dict[str, Any], shape: tuple[int, ...]
+) -> tuple[dict[str, Any], NDArray[np.uint8]] | None:
+    if shape[2:] not in ((), (3,)):
+        raise ImageError("the decoding process gave a damaged answer")
     pixels = np.empty(shape, np.uint8)
     view = pixels.data.cast("B")
     got = 0
@@ -131,7 +153,11 @@ def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], NDArray[np.uint8] | None]
 
 def _ending(code: int, late: bool, seconds: float) -> str:
     if late:
-        return f"decoding took more than {seconds:.0f} s and was stopped"
-    if code > 0:
+        return f"decoding took more than {seconds * CHILD_WALL_FACTOR:.0f} s and was stopped"
+    if code == -getattr(signal, "SIGXCPU", 0):
+        return f"decoding took more than {seconds:.0f} s of processor time and was stopped"
+    if code >= 0:
         return f"the decoding process could not work (exit code {code})"
+    if code == -getattr(signal, "SIGKILL", 0):
+        return "the decoding process was killed by the system, probably for want of memory"
     return f"the decoding process crashed (signal {-code}): the file is damaged"

@@ -23,7 +23,7 @@ from medmo_edge.image_budgets import CHILD_MEMORY_BYTES
 
 
 def main() -> None:
-    """Answer the request in ``sys.argv``: JSON, then the seconds the answer may take."""
+    """Answer the request in ``sys.argv``: JSON, then the seconds of processor time."""
     limit_resources(float(sys.argv[2]))
     # A C library that prints must not write into the answer.
     pipe = os.fdopen(os.dup(1), "wb", buffering=0)
@@ -61,7 +61,7 @@ def limit_resources(seconds: float) -> None:
         return
     for kind, limit in (
         (resource.RLIMIT_AS, CHILD_MEMORY_BYTES),
-        (resource.RLIMIT_CPU, math.ceil(seconds) + 1),  # outlives a killed parent briefly
+        (resource.RLIMIT_CPU, math.ceil(seconds)),
         (resource.RLIMIT_CORE, 0),  # a core file would hold the picture
     ):
         _, hard = resource.getrlimit(kind)
