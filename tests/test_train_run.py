@@ -190,3 +190,27 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
     assert max(rates) == rates[2] == pytest.approx(spec.learning_rate)
     assert rates[-1] == pytest.approx(spec.learning_rate * spec.final_fraction)
     assert all(later <= earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_held_out_pictures_are_looked_at_in_the_recipes_rhythm(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "nodule_iou" in line]
+    assert [line["step"] for line in looks] == [RECIPE.rhythm.evaluate_every]
+    assert all(0 <= looks[0][name] <= 1 for name in ("nodule_iou", "nodule_yes_no"))
+
+
+def test_a_checkpoint_is_replaced_whole(whole: Path, tmp_path: Path) -> None:
+    from medmo_edge.train.run import corpus
+    from medmo_edge.train.vocabulary import train_tokenizer
+    from medmo_edge.train.writer import processing, write_checkpoint
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "stale.bin").write_text("old")
+    tokenizer = train_tokenizer(corpus(RECIPE, []), RECIPE.tokenizer.bpe_size)
+    limits = processing(RECIPE.phases[-1])
+    write_checkpoint(weights(whole), RECIPE, tokenizer, limits, folder, {"step": 12})
+    names = {path.name for path in (whole / "checkpoint").iterdir()}
+    assert {path.name for path in folder.iterdir()} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
