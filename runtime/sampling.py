@@ -98,8 +98,19 @@ def distribution(scores_V: NDArray[np.float64], sampling: Sampling) -> NDArray[n
     weights_V = np.exp(scores_V)
     probabilities_V = weights_V / weights_V.sum()
     if sampling.top_p < 1:
-        order = np.argsort(-probabilities_V, kind="stable")
-        before = np.cumsum(probabilities_V[order]) - probabilities_V[order]
-        probabilities_V[order[before >= sampling.top_p]] = 0
-        probabilities_V = probabilities_V / probabilities_V.sum()
+        probabilities_V = _nucleus(probabilities_V, sampling.top_p)
     return np.asarray(probabilities_V)
+
+
+def _nucleus(probabilities_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """The most likely tokens that together reach ``top_p``, and no more."""
+    # All tokens below this share together have less than 1 - top_p: none is in the nucleus, and
+    # sorting the few others is fast.
+    share = (1 - top_p) / probabilities_V.size
+    candidates = np.flatnonzero(probabilities_V >= share)
+    order = candidates[np.argsort(-probabilities_V[candidates], kind="stable")]
+    before = np.cumsum(probabilities_V[order]) - probabilities_V[order]
+    kept = order[before < top_p]
+    nucleus_V = np.zeros_like(probabilities_V)
+    nucleus_V[kept] = probabilities_V[kept] / probabilities_V[kept].sum()
+    return nucleus_V
