@@ -12,6 +12,7 @@ from medmo_edge import __version__
 from medmo_edge.manifest import read_manifest
 from medmo_edge.runtime.backends import BACKENDS, choose
 from medmo_edge.runtime.device import Device, library_versions, probe
+from medmo_edge.runtime.llamacpp_native import openmp_spins
 
 # Variables that keep libraries silent on the network, or OpenMP from spinning; see medmo_edge.
 _SETTINGS = (
@@ -65,7 +66,7 @@ def _warnings(libraries: dict[str, str | None], device: Device) -> list[str]:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
             "uninstall both, then install one"
         )
-    if os.environ.get("GOMP_SPINCOUNT") != "0":
+    if openmp_spins():
         found.append("GOMP_SPINCOUNT is not 0: on a busy machine answers can be very slow")
     if "avx2" not in device.features and "neon" not in device.features:
         found.append("the CPU has neither AVX2 nor NEON: answers will be slow")

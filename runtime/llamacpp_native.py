@@ -9,6 +9,7 @@ afterwards; ctypes would swallow an exception raised inside a callback.
 import ctypes
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ _REQUIRED = {
         "mtmd_log_set",
     ),
 }
+# Packages that load an OpenMP runtime, which reads its settings once.
+_OPENMP_MODULES = ("llama_cpp", "sklearn", "torch")
 _WARN, _ERROR, _CONTINUED = 3, 4, 5  # enum ggml_log_level
 # Nodes of the vision graph computed between two looks at the interrupt hook.
 _NODES_PER_LOOK = 32
@@ -145,21 +148,26 @@ def load_library() -> Library:
 _keep_alive: list[Any] = []
 
 
-def openmp_was_loaded_early() -> bool:
-    """Whether libgomp may have read its settings before this package could set GOMP_SPINCOUNT."""
+def openmp_spins() -> bool:
+    """Whether OpenMP may have read its settings before this package set GOMP_SPINCOUNT."""
+    if os.environ.get("GOMP_SPINCOUNT") != "0":
+        return True
     try:
-        maps = Path("/proc/self/maps").read_text()
-        started_with = Path("/proc/self/environ").read_bytes()
-    except OSError:
+        if b"GOMP_SPINCOUNT=0" in Path("/proc/self/environ").read_bytes().split(b"\0"):
+            return False  # set from outside, before anything could load
+    except OSError:  # no Linux
         return False
-    return "libgomp" in maps and b"GOMP_SPINCOUNT=" not in started_with
+    order = list(sys.modules)
+    first = order.index("medmo_edge")
+    return any(name in order[:first] for name in _OPENMP_MODULES)
 
 
 def _warn_about_spinning() -> None:
-    if openmp_was_loaded_early():
-        getLogger("medmo_edge").info(
-            "an OpenMP runtime was loaded before llama.cpp: import medmo_edge first, or set "
-            "GOMP_SPINCOUNT=0 in the environment, else busy machines answer very slowly"
+    if openmp_spins():
+        getLogger("medmo_edge").warning(
+            "OpenMP threads may spin, and answers take minutes on a busy machine: import "
+            "medmo_edge before %s, or set GOMP_SPINCOUNT=0 in the environment",
+            ", ".join(_OPENMP_MODULES),
         )
 
 

@@ -5,7 +5,10 @@ vision tower, DeepStack, positions) is right, not that the answers are.
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -452,6 +455,31 @@ def test_why_the_library_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(llamacpp_native, "_REQUIRED", required)
     monkeypatch.setattr(llamacpp_native, "load_library", llamacpp_native.load_library.__wrapped__)
     assert "has no mtmd_absent" in str(llamacpp.unavailable())
+
+
+@pytest.mark.parametrize(
+    ("setup", "environment", "spins"),
+    [
+        ("import medmo_edge", {}, False),
+        ("import medmo_edge; sys.modules['torch'] = sys", {}, False),
+        ("sys.modules['torch'] = sys; import medmo_edge", {}, True),
+        ("sys.modules['torch'] = sys; import medmo_edge", {"GOMP_SPINCOUNT": "0"}, False),
+        ("import medmo_edge", {"GOMP_SPINCOUNT": "500"}, True),
+    ],
+)
+def test_openmp_that_started_before_us_is_noticed(
+    setup: str, environment: dict[str, str], spins: bool
+) -> None:
+    code = f"import sys; {setup}; from medmo_edge.runtime.llamacpp_native import openmp_spins as s"
+    outside = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}; print(s())"],
+        env=outside | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == str(spins)
 
 
 def test_a_small_model_uses_one_thread_and_a_large_one_all_cores(tiny_artifact: Path) -> None:
