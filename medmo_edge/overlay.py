@@ -43,7 +43,7 @@ def draw_overlay(
 
 
 def save_overlay(pixels: NDArray[np.uint8], path: Path, *, overwrite: bool = False) -> None:
-    """Write ``pixels`` as a PNG by atomic rename. ImageError when it exists and may not be replaced."""
+    """Write ``pixels`` as a PNG by atomic rename; ImageError when it may not be replaced."""
     check_overlay_path(path, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -34,7 +34,7 @@ def painted(
     pixels = np.zeros((height, width, 3), np.uint8)
     for label, (x1, y1, x2, y2) in boxes.items():
         pixels[y1:y2, x1:x2] = COLOURS[label]
-    found = tuple(Box(label, *map(float, xyxy)) for label, xyxy in boxes.items())
+    found = tuple(Box(label, *xyxy) for label, xyxy in boxes.items())
     return Scene(kind="blood", pixels=pixels, boxes=found)
 
 
