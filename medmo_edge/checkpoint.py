@@ -180,7 +180,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     read_config(config, generation, str(folder), has_lm_head=True)
     tensors = _read_tensors(folder)
     model = read_config(config, generation, str(folder), has_lm_head=_TIED in tensors)
-    _check_tensors(folder, tensors, expected_tensors(model), tied=model.text.tie_word_embeddings)
+    _check_tensors(folder, tensors, expected_tensors(model))
     return Checkpoint(
         path=folder,
         name=str(card.get("name") or folder.resolve().name),
@@ -256,7 +256,7 @@ def _is_file_name(name: object) -> bool:
 
 
 def _check_tensors(
-    folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, Shape], *, tied: bool
+    folder: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, Shape]
 ) -> None:
     """Every tensor there, none too many, each of the shape that config.json implies."""
     for name in tensors:
@@ -269,7 +269,7 @@ def _check_tensors(
             f"{folder} lacks tensor {missing[0]}{more}, which config.json implies"
         )
     for name, info in tensors.items():
-        if name not in expected and not (tied and name == _TIED):
+        if name not in expected and name != _TIED:  # a tied head is sometimes stored twice
             raise CheckpointError(f"{folder} has tensor {name}, which {folder.name} cannot use")
         shape = expected.get(name, info.shape)
         if info.shape != shape:

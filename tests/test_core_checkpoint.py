@@ -205,6 +205,11 @@ def test_a_duplicate_of_a_tied_head_is_tolerated(
     assert "lm_head.weight" not in expected_tensors(checkpoint.config)
 
 
+def test_end_tokens_of_the_generation_config_win(copy: Path, tiny_checkpoint: Path) -> None:
+    edit(copy / "config.json", lambda config: config.update(eos_token_id=5, bos_token_id=6))
+    assert open_checkpoint(copy).config == open_checkpoint(tiny_checkpoint).config
+
+
 def test_end_tokens_without_generation_config(copy: Path) -> None:
     (copy / "generation_config.json").unlink()
     checkpoint = open_checkpoint(copy)

@@ -261,17 +261,17 @@ def test_rope_positions_of_a_prompt_that_ends_with_its_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "ids",
+    ("ids", "message"),
     [
-        [1, IMAGE, IMAGE, IMAGE],
-        [1, 1],
-        [1, IMAGE, IMAGE, 1, IMAGE, IMAGE],
-        [IMAGE] * 5,
-        [IMAGE] * 4 + [1, IMAGE],
+        ([1, IMAGE, IMAGE, IMAGE], "needs 4 image tokens in a row"),
+        ([1, 1], "needs 4 image tokens in a row"),
+        ([1, IMAGE, IMAGE, 1, IMAGE, IMAGE], "needs 4 image tokens in a row"),
+        ([IMAGE] * 5, "for more than its 1 images"),
+        ([IMAGE] * 4 + [1, IMAGE], "for more than its 1 images"),
     ],
 )
-def test_prompts_whose_image_tokens_do_not_fit(ids: list[int]) -> None:
-    with pytest.raises(PromptError):
+def test_prompts_whose_image_tokens_do_not_fit(ids: list[int], message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         mrope_positions(ids, [(1, 4, 4)], IMAGE, 2)
 
 
