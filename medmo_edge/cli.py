@@ -95,7 +95,7 @@ def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_
 )
 @click.option(
     "--window",
-    help="CT preset (lung, bone, ...), number of a stored window, or CENTER,WIDTH.",
+    help="CT preset (lung, bone, ...), number of a stored window from 0, or CENTER,WIDTH.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
