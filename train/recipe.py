@@ -11,8 +11,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from medmo_edge.errors import RecipeError
 
@@ -186,8 +185,6 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise RecipeError(f"recipe {where} must be a list")
         return tuple(_value(get_args(hint)[0], item, where) for item in value)
-    if get_origin(hint) in (Union, UnionType):
-        raise TypeError(f"{where}: recipes have no optional keys")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
