@@ -44,7 +44,7 @@ _SPARE_BYTES = 32 << 20
 def export_checkpoint(
     checkpoint: str | Path,
     target: str,
-    output: Path,
+    output: str | Path,
     *,
     imatrix: Path | None = None,
     progress: Progress | None = None,
@@ -61,7 +61,7 @@ def export_checkpoint(
     report = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     matrix = read_imatrix(imatrix) if imatrix else None
-    with open_checkpoint(checkpoint) as opened, new_artifact(output) as staging:
+    with open_checkpoint(checkpoint) as opened, new_artifact(Path(output)) as staging:
         plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix or ""))
         facts = _model_facts(opened)
         _check_space(plan.data_bytes + opened.tokenizer_path.stat().st_size, staging)
@@ -84,7 +84,7 @@ def export_checkpoint(
             licence=stated_licence(opened.path),
         )
         written = write_manifest(staging, manifest)
-    return written.moved_to(output)
+    return written.moved_to(Path(output))
 
 
 def _check_space(needed: int, folder: Path) -> None:
