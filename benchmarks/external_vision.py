@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.images import Frame
 from medmo_edge.phantoms import draw
 from medmo_edge.preprocess import grid_thw, mrope_positions, patchify
@@ -122,11 +123,11 @@ def measure(session: Session, tower: Tower, frame: Frame) -> dict[str, Any]:
 def main() -> None:
     """Measure all pictures and print one JSON line each, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help="folder, or nano")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--pictures", type=int, default=10)
     arguments = parser.parse_args()
-    tower = Tower(arguments.checkpoint)
+    tower = Tower(open_checkpoint(arguments.checkpoint).path)
     tower.torch.set_num_threads(1)
     with load(arguments.artifact, threads=1) as session:
         found = []

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.images import Frame, read_image
 from medmo_edge.phantoms import draw
 from medmo_edge.runtime.prefixes import Cost, Prefix
@@ -195,14 +196,14 @@ def compare(session: Session, reference: Reference, case: Case) -> Comparison:
 def main() -> None:
     """Compare all cases and print a summary as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help="folder, or nano")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--count", type=int, default=14, help="pictures of each source")
     parser.add_argument("--answers", type=Path, help="write every comparison here, JSON lines")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    reference = Reference(arguments.checkpoint)
+    reference = Reference(open_checkpoint(arguments.checkpoint).path)
     with load(arguments.artifact) as session:
         found = [
             compare(session, reference, case) for case in cases(arguments.data, arguments.count)
