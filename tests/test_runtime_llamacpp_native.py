@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,3 +113,20 @@ def test_openmp_that_started_before_us_is_noticed(
         check=True,
     )
     assert result.stdout.strip() == str(spins)
+
+
+@pytest.mark.parametrize(("info", "repacks"), [(b"AVX2 = 1 | AMX_INT8 = 1", False), (b"", True)])
+def test_weights_never_meet_amx_kernels(
+    info: bytes, repacks: bool, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = llamacpp_native.load_library()
+    asked: list[bool] = []
+
+    def load_model(path: bytes, parameters: Any) -> None:
+        asked.append(parameters.use_extra_bufts)
+
+    monkeypatch.setattr(library.llama, "llama_print_system_info", lambda: info)
+    monkeypatch.setattr(library.llama, "llama_model_load_from_file", load_model)
+    with pytest.raises(ArtifactError):
+        load(tiny_artifact, threads=1)
+    assert asked == [repacks]
