@@ -208,9 +208,7 @@ def _nodule(
     distance = _ellipse(chest.u, chest.v, center_u, center_v, radius_u, radius_v) + 1
     profile = np.clip((1 - distance) / 0.22, 0, 1)
     spot = rng.uniform(0.20, 0.32) * profile * profile * (3 - 2 * profile)
-    left, right = (center_u - radius_u) * width, (center_u + radius_u) * width
-    top, bottom = (center_v - radius_v) * height, (center_v + radius_v) * height
-    return spot.astype(np.float32), (left, top, right, bottom)
+    return spot.astype(np.float32), _inside(center_u, center_v, radius_u, radius_v, width, height)
 
 
 def _expose(picture: Map, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -262,14 +260,16 @@ def _box_of(label: str, mask: NDArray[np.bool_]) -> Box:
 
 def _heart_box(chest: _Chest) -> Box:
     height, width = chest.u.shape
-    u, v, half_u, half_v = chest.heart
-    return Box(
-        HEART,
-        (u - half_u) * width,
-        (v - half_v) * height,
-        (u + half_u) * width,
-        min(v + half_v, 1.0) * height,  # a very wide picture cuts it
-    )
+    return Box(HEART, *_inside(*chest.heart, width, height))
+
+
+def _inside(
+    u: float, v: float, half_u: float, half_v: float, width: int, height: int
+) -> tuple[float, float, float, float]:
+    """Box in pixels of an ellipse in fractions; the edge of a very wide or tall picture cuts it."""
+    left, right = max(u - half_u, 0.0) * width, min(u + half_u, 1.0) * width
+    top, bottom = max(v - half_v, 0.0) * height, min(v + half_v, 1.0) * height
+    return left, top, right, bottom
 
 
 def _facts(boxes: list[Box], chest: _Chest, enlarged: bool) -> dict[str, int | float | bool]:
