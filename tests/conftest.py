@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-# Shared runners stall for seconds: a slow example is no failure. `make test` draws the same examples
-# every time; HYPOTHESIS_PROFILE=search looks for new ones.
+# Shared runners stall for seconds: a slow example is no failure. `make test` draws the same
+# examples every time; HYPOTHESIS_PROFILE=search looks for new ones.
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeat", _PATIENT, derandomize=True)
 settings.register_profile("search", _PATIENT)
