@@ -5,11 +5,10 @@
 For drawn pictures of several shapes, the logits after a prompt are computed with llama.cpp's own
 vision tower (mtmd, f16 weights) and with embeddings of transformers' fp32 tower, fed to the same
 language file as rows [main | deepstack levels] with M-RoPE positions of our own; both are compared
-with transformers in fp32 throughout. Not part of the runtime: it shows what one could gain.
+with transformers in fp32 throughout. It shows what an exact tower in fp32 could gain.
 """
 
 import argparse
-import ctypes
 import json
 import time
 from importlib import import_module
@@ -22,8 +21,8 @@ from numpy.typing import NDArray
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.images import Frame
 from medmo_edge.phantoms import draw
-from medmo_edge.preprocess import grid_thw, mrope_positions, patchify
-from medmo_edge.runtime.backends import START, Mark
+from medmo_edge.preprocess import grid_thw, patchify
+from medmo_edge.runtime.backends import START
 from medmo_edge.runtime.chat import Picture
 from medmo_edge.runtime.llamacpp import LlamaCpp
 from medmo_edge.runtime.session import Session, load
@@ -65,31 +64,6 @@ class Tower:
         return np.asarray(found.logits[0, -1].numpy())
 
 
-def append_embeddings(
-    backend: LlamaCpp, rows: NDArray[np.float32], height: int, width: int
-) -> None:
-    """Put vision embeddings of a ``height`` x ``width`` token grid into the context."""
-    llama = backend._library.llama
-    start = backend.mark()
-    # mrope_positions of image tokens alone: time, row and column, all from the present position.
-    grid = (1, 2 * height, 2 * width)
-    positions, _ = mrope_positions([0] * len(rows), [grid], image_token_id=0, merge_size=2)
-    sections = np.zeros((4, len(rows)), np.int32)  # llama.cpp wants t, row, column and a fourth
-    sections[:3] = positions + start.position
-    for first in range(0, len(rows), 512):
-        part = np.ascontiguousarray(rows[first : first + 512], np.float32)
-        places = np.ascontiguousarray(sections[:, first : first + 512])
-        batch = llama.llama_batch()
-        batch.n_tokens = len(part)
-        batch.embd = part.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        batch.pos = places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        silent = np.zeros(len(part), np.int8)
-        batch.logits = silent.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        if llama.llama_decode(backend._context(), batch) != 0:
-            raise SystemExit(f"llama_decode failed{backend._library.messages.last()}")
-    backend._end = Mark(start.cells + len(rows), start.position + max(height, width))
-
-
 def measure(session: Session, tower: Tower, frame: Frame) -> dict[str, Any]:
     """One picture both ways."""
     chat, backend = session._chat, session._backend
@@ -112,7 +86,7 @@ def measure(session: Session, tower: Tower, frame: Frame) -> dict[str, Any]:
                 backend.append_image(segment.resized_HWC)
             else:
                 rows = tower.embed(patches, grid)
-                append_embeddings(backend, rows, grid[1] // 2, grid[2] // 2)
+                backend.append_rows(rows, grid[1] // 2, grid[2] // 2)
             found[f"{name}_ms"] = 1e3 * (time.perf_counter() - start)
             found[f"{name}_cpu_ms"] = 1e3 * (time.process_time() - cpu)
         logits = backend.decode_tokens(rest)

@@ -66,6 +66,13 @@ class Backend(Protocol):
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """Append the vision tokens of one image, without vision_start and vision_end."""
 
+    def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Vision embeddings [tokens, (1 + deepstack levels) * hidden]; leaves the state alone.
+
+        A row holds the main embedding, then one per deepstack level: to verify a vision tower,
+        or to feed another backend's decoder.
+        """
+
     def mark(self) -> Mark:
         """The present end."""
 

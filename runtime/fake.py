@@ -124,7 +124,12 @@ class Fake:
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """Takes as many cells as the image has vision tokens."""
-        self._append([-1] * (resized_HWC.shape[0] * resized_HWC.shape[1] // 1024))
+        self._append([-1] * len(self.encode_image(resized_HWC)))
+
+    def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """One zero per vision token: it looks at no pixel."""
+        side = Preprocessing().factor
+        return np.zeros((resized_HWC.shape[0] // side * (resized_HWC.shape[1] // side), 1), "f4")
 
     def _append(self, ids: list[int]) -> None:
         if self._hook is not None and self._hook():

@@ -23,6 +23,7 @@ from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import llamacpp_fit as fit
 from medmo_edge.runtime import llamacpp_native as native
+from medmo_edge.runtime import llamacpp_vision as vision
 from medmo_edge.runtime.backends import START, Interrupted, Mark
 from medmo_edge.runtime.device import Device
 from medmo_edge.runtime.gguf_header import (
@@ -35,7 +36,6 @@ from medmo_edge.runtime.gguf_header import (
 NAME = "llamacpp"
 _BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
 _MAX_IMAGE_TOKENS = 1 << 20
-_IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 _SEQUENCE = 0
 _ABORTED = 2  # llama_decode
 
@@ -99,9 +99,9 @@ class LlamaCpp:
             raise
 
     def _load(self, device: Device) -> None:
-        language, vision = (self._manifest.path_of(role) for role in ("language", "vision"))
+        language, tower = (self._manifest.path_of(role) for role in ("language", "vision"))
         check_header(language, LANGUAGE_KEYS)
-        check_header(vision, VISION_KEYS, VISION_TENSORS)
+        check_header(tower, VISION_KEYS, VISION_TENSORS)
         mmap = fit.should_map(self._manifest, device)
         with self._work():
             self._handles.model = native.open_model(
@@ -112,13 +112,13 @@ class LlamaCpp:
         with self._work():
             self._handles.vision = native.open_vision(
                 self._library,
-                vision,
+                tower,
                 model,
                 threads=self._threads,
                 max_tokens=_MAX_IMAGE_TOKENS,
                 interrupt=self._interrupt,
             )
-        self._loaded(self._handles.vision, vision)
+        self._loaded(self._handles.vision, tower)
         self._open_context(min(fit.FIRST_CELLS, self.max_cells))
 
     def _loaded(self, handle: int | None, path: Path) -> int:
@@ -201,67 +201,43 @@ class LlamaCpp:
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
-        height, width = (side // self._preprocessing.factor for side in resized_HWC.shape[:2])
+        height, width = self._token_grid(resized_HWC)
         self._reserve(height * width, max(height, width))
-        mtmd = self._library.mtmd
-        chunks = mtmd.mtmd_input_chunks_init()
-        try:
-            self._evaluate(self._image_chunk(resized_HWC, chunks, height * width))
-        finally:
-            mtmd.mtmd_input_chunks_free(chunks)
-        self._end = Mark(self._end.cells + height * width, self._end.position + max(height, width))
+        self.append_rows(self.encode_image(resized_HWC), height, width)
 
-    def _image_chunk(self, pixels_HWC: NDArray[np.uint8], chunks: Any, num_tokens: int) -> Any:
-        """Hand the pixels to mtmd; of the pieces it makes, only the image itself is wanted."""
-        mtmd = self._library.mtmd
-        height, width = pixels_HWC.shape[:2]
-        pixels = np.ascontiguousarray(pixels_HWC)
-        data = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        bitmap = mtmd.mtmd_bitmap_init(width, height, data)
-        marker = mtmd.mtmd_default_marker()
-        text = mtmd.mtmd_input_text(marker, len(marker), False, True)
-        try:
-            bitmaps = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
-            vision = self._require(self._handles.vision)
-            code = mtmd.mtmd_tokenize(vision, chunks, ctypes.byref(text), bitmaps, 1)
-        finally:
-            mtmd.mtmd_bitmap_free(bitmap)
-        pieces = [
-            mtmd.mtmd_input_chunks_get(chunks, index)
-            for index in range(mtmd.mtmd_input_chunks_size(chunks))
-        ]
-        images = [p for p in pieces if mtmd.mtmd_input_chunk_get_type(p) == _IMAGE_CHUNK]
-        sizes = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
-        if code != 0 or sizes != [num_tokens]:
-            raise GenerationError(
-                f"llama.cpp made {sizes} tokens of an image of {width} x {height} pixels, not "
-                f"{num_tokens}: it resized it again{self._library.messages.last()}"
-            )
-        return images[0]
+    def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See ``Backend``."""
+        height, width = self._token_grid(resized_HWC)
+        tower = self._require(self._handles.vision)
+        with vision.image_chunk(self._library, tower, resized_HWC, height * width) as chunk:
+            with self._work():
+                code = self._library.mtmd.mtmd_encode_chunk(tower, chunk)
+                stopped = self._interrupt.wanted()  # a stopped graph still reports success
+        self._check(_ABORTED if stopped else code, self._end, "image")
+        row = self._facts.hidden_size * (1 + self._facts.deepstack_levels)
+        return vision.output_rows(self._library, tower, (height * width, row))
 
-    def _evaluate(self, chunk: Any) -> None:
-        """Run the vision tower and append its embeddings to the context."""
-        mtmd, vision = self._library.mtmd, self._require(self._handles.vision)
-        start, position = self._end, ctypes.c_int32()
-        with self._work():
-            code = mtmd.mtmd_encode_chunk(vision, chunk)
-            stopped = self._interrupt.wanted()  # a stopped graph still reports success
-        self._check(_ABORTED if stopped else code, start, "image")
-        no_callback = mtmd.mtmd_helper_post_decode_callback(0)
-        with self._work():
-            code = mtmd.mtmd_helper_decode_image_chunk(
-                vision,
-                self._context(),
-                chunk,
-                mtmd.mtmd_get_output_embd(vision),
-                start.position,
-                _SEQUENCE,
-                _BATCH,
-                ctypes.byref(position),
-                no_callback,
-                None,
-            )
-        self._check(code, start, "image")
+    def append_rows(self, rows_NR: NDArray[np.float32], height: int, width: int) -> None:
+        """Append an image of ``height`` x ``width`` tokens as rows from an ``encode_image``.
+
+        The rows may come from another backend of the same checkpoint. Errors: as ``append_image``.
+        """
+        self._reserve(height * width, max(height, width))
+        start = self._end
+        positions = vision.image_positions(height, width, start.position)
+        for first in range(0, height * width, _BATCH):
+            rows = np.ascontiguousarray(rows_NR[first : first + _BATCH], np.float32)
+            places = np.ascontiguousarray(positions[:, first : first + _BATCH])
+            silent = np.zeros(len(rows), np.int8)
+            batch = vision.row_batch(self._library, rows, places, silent)
+            with self._work():
+                code = self._library.llama.llama_decode(self._context(), batch)
+            self._check(code, start, "image")
+        self._end = Mark(start.cells + height * width, start.position + max(height, width))
+
+    def _token_grid(self, resized_HWC: NDArray[np.uint8]) -> tuple[int, int]:
+        factor = self._preprocessing.factor
+        return resized_HWC.shape[0] // factor, resized_HWC.shape[1] // factor
 
     def _check(self, code: int, start: Mark, what: str) -> None:
         """Turn a native result into our errors, with the state rolled back to ``start``."""
