@@ -32,10 +32,17 @@ def locate_prompt(target: str) -> str:
     return f"Locate the {target.strip().rstrip('.').removeprefix('the ')}."
 
 
-def user_message(question: str, num_images: int) -> Message:
-    """One user turn: the images first, then the question."""
-    images = [{"type": "image"} for _ in range(num_images)]
-    return {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+def user_message(question: str, num_images: int, image_texts: Sequence[str] = ()) -> Message:
+    """One user turn: the images first, then the question.
+
+    ``image_texts``: a text before each image, such as "<image_1>: ", or none.
+    """
+    content: list[Message] = []
+    for index in range(num_images):
+        if image_texts:
+            content.append({"type": "text", "text": image_texts[index]})
+        content.append({"type": "image"})
+    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
 class ChatTemplate:

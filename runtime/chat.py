@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.boxes import Coords, Geometry
-from medmo_edge.errors import ArtifactError, CheckpointError
+from medmo_edge.errors import ArtifactError, CheckpointError, PromptError
 from medmo_edge.images import Frame
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing, grid_thw, num_vision_tokens, resize
@@ -87,13 +87,19 @@ class Chat:
         tokens = num_vision_tokens(grid_thw(height, width, self.preprocessing), self.preprocessing)
         return Picture(resized_HWC=resized, num_tokens=tokens, geometry=geometry)
 
-    def prompt(self, question: str, pictures: Sequence[Picture]) -> tuple[list[int], list[int]]:
+    def prompt(
+        self, question: str, pictures: Sequence[Picture], image_texts: Sequence[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """Token ids of one question, cut after the last image: what a study keeps, and the rest.
 
-        The cut is at a special token, where tokens never merge. Errors: PromptError.
+        The cut is at a special token, where tokens never merge. ``image_texts``: one before each
+        image, or none. Errors: PromptError.
         """
-        check_user_text(self.tokenizer, question)
-        messages = [user_message(question, len(pictures))]
+        for text in (question, *image_texts):
+            check_user_text(self.tokenizer, text)
+        if image_texts and len(image_texts) != len(pictures):
+            raise PromptError(f"{len(image_texts)} image texts for {len(pictures)} images")
+        messages = [user_message(question, len(pictures), image_texts)]
         counts = [picture.num_tokens for picture in pictures]
         ids = encode_prompt(self.tokenizer, self.template, messages, counts, self.image_token)
         cut = 0

@@ -7,9 +7,9 @@ context ends an answer as its length limit does; a cancelled or late one keeps w
 
 import threading
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,16 @@ class GenerationOptions(Sampling):
             raise UsageError("stop must be a tuple of strings that are not empty")
         if self.timeout_seconds is not None and not self.timeout_seconds > 0:
             raise UsageError("timeout_seconds must be above 0")
+
+
+def changed_options(
+    options: GenerationOptions | None, changes: Mapping[str, Any]
+) -> GenerationOptions:
+    """``options``, or the defaults, with ``changes``. Errors: UsageError for what is no option."""
+    try:
+        return replace(options or GenerationOptions(), **changes)
+    except TypeError as error:
+        raise UsageError(f"unknown option: {error}") from error
 
 
 class Limits:

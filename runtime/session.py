@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +23,13 @@ from medmo_edge.runtime.answers import Answer, Provenance, Timings
 from medmo_edge.runtime.backends import Backend, Interrupted, open_backend
 from medmo_edge.runtime.chat import Chat
 from medmo_edge.runtime.device import probe
-from medmo_edge.runtime.generate import GenerationOptions, Limits, Outcome, generate
+from medmo_edge.runtime.generate import (
+    GenerationOptions,
+    Limits,
+    Outcome,
+    changed_options,
+    generate,
+)
 from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
 from medmo_edge.runtime.sampling import Sampler
 
@@ -131,8 +136,11 @@ class Stream(Iterator[str]):
 class Study:
     """Images that several questions are asked about; made by ``Session.study``."""
 
-    def __init__(self, session: "Session", frames: Sequence[Frame]) -> None:
+    def __init__(
+        self, session: "Session", frames: Sequence[Frame], image_texts: Sequence[str] = ()
+    ) -> None:
         self._session = session
+        self._image_texts = tuple(image_texts)
         self._sources = tuple(frame.source.to_dict() for frame in frames)
         self._pictures = [session._chat.picture(frame) for frame in frames]
         self._prefix: Prefix | None = None
@@ -155,13 +163,13 @@ class Study:
         if self._closed:
             raise GenerationError("the study is closed: open it again with session.study")
         chat = self._session._chat
-        ids, rest = chat.prompt(question, self._pictures)
+        ids, rest = chat.prompt(question, self._pictures, self._image_texts)
         with self._lock:
             if self._prefix is None or self._prefix.ids != ids:
                 self._forget()
                 self._prefix = Prefix(ids, chat.segments(ids, self._pictures))
             prefix = self._prefix
-        return self._session._stream(self, prefix, rest, _options(options, changes))
+        return self._session._stream(self, prefix, rest, changed_options(options, changes))
 
     def locate(self, target: str, **options: Any) -> Answer:
         """Ask where ``target`` is, e.g. ``locate("nodule")``; see ``answer.boxes``."""
@@ -240,13 +248,20 @@ class Session:
         self._holder: tuple[int, weakref.ref[Stream]] | None = None
         self._closed = False
 
-    def study(self, images: Frame | Sequence[Frame]) -> Study:
+    @property
+    def backend(self) -> Backend:
+        """What computes the answers; its ``name`` and ``device`` are for reports."""
+        return self._backend
+
+    def study(self, images: Frame | Sequence[Frame], *, image_texts: Sequence[str] = ()) -> Study:
         """Images to ask several questions about, in the order the prompt shows them; may be none.
 
+        ``image_texts``: a text before each image, such as "<image_1>: ", or none.
         Errors: ImageError when an image's shape cannot be shown to the model.
         """
         self._require_open()
-        return Study(self, [images] if isinstance(images, Frame) else list(images))
+        frames = [images] if isinstance(images, Frame) else list(images)
+        return Study(self, frames, image_texts)
 
     def ask(self, images: Frame | Sequence[Frame], question: str, **options: Any) -> Answer:
         """One question about images that are not kept; ``options`` as in ``Study.ask``."""
@@ -378,14 +393,6 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
-    """Errors: UsageError for a name that is no option."""
-    try:
-        return replace(options or GenerationOptions(), **changes)
-    except TypeError as error:
-        raise UsageError(f"unknown option: {error}") from error
 
 
 def _nothing(limits: Limits) -> Outcome:

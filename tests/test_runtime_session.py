@@ -107,9 +107,9 @@ def test_task_prompts_reach_the_model(frame: Frame, monkeypatch: pytest.MonkeyPa
     asked = []
     chat_prompt = Chat.prompt
 
-    def remember(self: Chat, question: str, pictures: Any) -> Any:
+    def remember(self: Chat, question: str, *rest: Any) -> Any:
         asked.append(question)
-        return chat_prompt(self, question, pictures)
+        return chat_prompt(self, question, *rest)
 
     monkeypatch.setattr(Chat, "prompt", remember)
     with load("fake:x") as session, session.study(frame) as study:
