@@ -12,6 +12,8 @@
       |- PromptError          a question that cannot be asked as it is
       |- BackendUnavailable   no backend can run the artifact here
       |- GenerationError      a running answer that could not go on
+      |- ResultError          an answer that cannot be written as a DICOM or FHIR result
+      |- NodeError            a DICOM node's rules, queue or peers
 
 The message is one line that says what is wrong, where, and what to do. The command line prints it
 and exits with code 2.
@@ -62,6 +64,14 @@ class PromptError(MedmoError):
 
 class GenerationError(MedmoError):
     """An answer that could not be finished, e.g. because the context is full."""
+
+
+class ResultError(MedmoError):
+    """An answer that cannot be written as a result object, or not to that place."""
+
+
+class NodeError(MedmoError):
+    """A DICOM node whose rules, queue or destinations cannot work as given."""
 
 
 class BackendUnavailable(MedmoError):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from medmo_edge.boxes import Box
+from medmo_edge.manifest import Manifest
+from medmo_edge.runtime.backends import Backend
 from medmo_edge.runtime.generate import FinishReason
 
 
@@ -29,13 +31,33 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where an answer came from: runtime, artifact and pictures (``Source.to_dict``)."""
+    """Where an answer came from: runtime, artifact and pictures (``Source.to_dict``).
+
+    ``checkpoint`` and ``checkpoint_sha256`` name the weights that the artifact was made from.
+    """
 
     backend: str
     device: str
     target: str
     manifest_sha256: str
     sources: tuple[dict[str, Any], ...]
+    checkpoint: str = ""
+    checkpoint_sha256: str = ""
+
+
+def provenance_of(
+    backend: Backend, manifest: Manifest, sources: tuple[dict[str, Any], ...]
+) -> Provenance:
+    """Where the answers of an opened artifact about the pictures ``sources`` come from."""
+    return Provenance(
+        backend=backend.name,
+        device=backend.device,
+        target=manifest.target,
+        manifest_sha256=manifest.sha256,
+        sources=sources,
+        checkpoint=str(manifest.checkpoint.get("name", "")),
+        checkpoint_sha256=str(manifest.checkpoint.get("sha256", "")),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

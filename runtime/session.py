@@ -8,7 +8,7 @@ not see each other. Decoding images from files is not done here: ``medmo_edge.re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,11 +17,12 @@ from medmo_edge.boxes import Parsed, parse_boxes
 from medmo_edge.errors import GenerationError, UsageError
 from medmo_edge.images import Frame
 from medmo_edge.manifest import Manifest, read_manifest
-from medmo_edge.prompts import TASK_PROMPTS, locate_prompt
+from medmo_edge.prompts import TASK_PROMPTS, Message, locate_prompt
 from medmo_edge.runtime import fake
-from medmo_edge.runtime.answers import Answer, Provenance, Timings
+from medmo_edge.runtime.answers import Answer, Timings, provenance_of
 from medmo_edge.runtime.backends import Backend, Interrupted, open_backend
 from medmo_edge.runtime.chat import Chat
+from medmo_edge.runtime.constrain import Grammars
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.generate import (
     GenerationOptions,
@@ -32,6 +33,7 @@ from medmo_edge.runtime.generate import (
 )
 from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
 from medmo_edge.runtime.sampling import Sampler
+from medmo_edge.runtime.streams import Stream
 
 __all__ = ["Answer", "GenerationOptions", "Session", "Stream", "Study", "load"]
 
@@ -75,64 +77,6 @@ def load(
     )
 
 
-class Stream(Iterator[str]):
-    """Pieces of one answer as they become final; joined they are ``answer.text``.
-
-    The answer advances only while pieces are taken. ``answer`` is None until the last one was.
-    Dropping or closing the stream gives its turn to the next question; so does another question
-    of the same thread.
-    """
-
-    answer: Answer | None = None
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._pieces: Generator[str, None, Answer] | None = None
-
-    def __next__(self) -> str:
-        if self._pieces is None:
-            raise StopIteration
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            self.answer, self._pieces = end.value, None
-            raise
-
-    def cancel(self) -> None:
-        """End the answer with finish reason "cancelled", from any thread; then take the rest."""
-        self._limits.cancel()
-
-    def close(self) -> None:
-        """Give up the answer; ``answer`` stays None unless it was complete.
-
-        While another thread takes a piece, that thread's answer ends as if cancelled.
-        """
-        pieces = self._pieces
-        if pieces is not None:
-            try:
-                pieces.close()
-                self._pieces = None
-            except ValueError:  # the generator is running in another thread
-                self.cancel()
-
-    def finish(self) -> Answer:
-        """Take all remaining pieces and return the answer.
-
-        Errors: GenerationError when the stream was closed before its end.
-        """
-        for _ in self:
-            pass
-        if self.answer is None:
-            raise GenerationError("the stream was closed, or another question took its turn")
-        return self.answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 class Study:
     """Images that several questions are asked about; made by ``Session.study``."""
 
@@ -143,8 +87,6 @@ class Study:
         self._image_texts = tuple(image_texts)
         self._sources = tuple(frame.source.to_dict() for frame in frames)
         self._pictures = [session._chat.picture(frame) for frame in frames]
-        self._prefix: Prefix | None = None
-        self._lock = threading.Lock()  # of _prefix, between threads that share the study
         self._closed = False
 
     def ask(
@@ -160,16 +102,34 @@ class Study:
         self, question: str, *, options: GenerationOptions | None = None, **changes: Any
     ) -> Stream:
         """The answer piece by piece; otherwise as ``ask``."""
+        ids, rest = self._session._chat.prompt(question, self._pictures, self._image_texts)
+        return self._start(ids, rest, [], changed_options(options, changes))
+
+    def converse(
+        self,
+        messages: Sequence[Message],
+        *,
+        options: GenerationOptions | None = None,
+        **changes: Any,
+    ) -> Stream:
+        """The answer to the last of several messages, which the model sees all.
+
+        A message is ``{"role": "system" | "user" | "assistant", "content": text or parts}``, a
+        part ``{"type": "text", "text": ...}`` or ``{"type": "image"}``, which stands for the next
+        image of the study. The last message is the user's. Errors: as ``ask``.
+        """
+        chat = self._session._chat
+        ids, rest, cuts = chat.conversation(messages, self._pictures)
+        return self._start(ids, rest, cuts, changed_options(options, changes))
+
+    def _start(
+        self, ids: list[int], rest: list[int], cuts: list[int], options: GenerationOptions
+    ) -> Stream:
         if self._closed:
             raise GenerationError("the study is closed: open it again with session.study")
-        chat = self._session._chat
-        ids, rest = chat.prompt(question, self._pictures, self._image_texts)
-        with self._lock:
-            if self._prefix is None or self._prefix.ids != ids:
-                self._forget()
-                self._prefix = Prefix(ids, chat.segments(ids, self._pictures))
-            prefix = self._prefix
-        return self._session._stream(self, prefix, rest, changed_options(options, changes))
+        segments = self._session._chat.segments(ids, self._pictures, cuts)
+        prefix = Prefix(ids, segments, weakref.ref(self))
+        return self._session._stream(self, prefix, rest, options)
 
     def locate(self, target: str, **options: Any) -> Answer:
         """Ask where ``target`` is, e.g. ``locate("nodule")``; see ``answer.boxes``."""
@@ -186,12 +146,7 @@ class Study:
     def close(self) -> None:
         """Free what is kept of the images; harmless when called again."""
         self._closed = True
-        self._forget()
-
-    def _forget(self) -> None:
-        if self._prefix is not None:
-            self._session._prefixes.forget(self._prefix)
-            self._prefix = None
+        self._session._prefixes.forget(self)
 
     def _answer(self, outcome: Outcome, cost: Cost, prompt_tokens: int) -> Answer:
         session = self._session
@@ -213,7 +168,7 @@ class Study:
                 new_tokens=outcome.num_tokens,
                 reused_tokens=cost.reused_tokens,
             ),
-            provenance=session._provenance(self._sources),
+            provenance=provenance_of(session._backend, session.manifest, self._sources),
         )
 
     def __enter__(self) -> Self:
@@ -373,15 +328,6 @@ class Session:
     def _require_open(self) -> None:
         if self._closed:
             raise GenerationError("the session is closed: load the artifact again")
-
-    def _provenance(self, sources: tuple[dict[str, Any], ...]) -> Provenance:
-        return Provenance(
-            backend=self._backend.name,
-            device=self._backend.device,
-            target=self.manifest.target,
-            manifest_sha256=self.manifest.sha256,
-            sources=sources,
-        )
 
     def __enter__(self) -> Self:
         return self
