@@ -121,7 +121,9 @@ def _write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
         name = f"model-{number + 1:05}.safetensors"
         _write_shard(folder / name, shard, tile)
         weight_map |= dict.fromkeys(shard, name)
-    _write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+    size = 2 * sum(math.prod(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -199,7 +201,7 @@ def _shards(
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], tile: NDArray[np.uint16]) -> None:
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
