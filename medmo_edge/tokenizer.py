@@ -71,6 +71,11 @@ class Tokenizer:
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def to_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json, without truncation and padding."""
+        text: str = self._inner.to_str()
+        return text
+
     def control_tokens_in(self, text: str) -> list[str]:
         """Control tokens (``<|...|>`` and all special ones) that ``text`` spells out."""
         return sorted({token for token in self._control if token in text})

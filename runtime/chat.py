@@ -1,12 +1,12 @@
 """The text side of a loaded model: from a question to token ids, from an answer to boxes.
 
 Everything here comes from the artifact's manifest, tokenizer and chat template, so all backends get
-the same ids. It evaluates nothing. One question is one conversation: earlier questions about the
-same images are not shown to the model.
+the same ids. It evaluates nothing.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,13 @@ from medmo_edge.errors import ArtifactError, CheckpointError, PromptError
 from medmo_edge.images import Frame
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing, grid_thw, num_vision_tokens, resize
-from medmo_edge.prompts import ChatTemplate, check_user_text, encode_prompt, user_message
+from medmo_edge.prompts import (
+    ChatTemplate,
+    Message,
+    check_user_text,
+    encode_prompt,
+    user_message,
+)
 from medmo_edge.tokenizer import Tokenizer
 
 
@@ -108,18 +114,64 @@ class Chat:
             cut = min(cut, len(ids) - 1)  # the rest gives the logits: it must not be empty
         return ids[:cut], ids[cut:]
 
+    def conversation(
+        self, messages: Sequence[Message], pictures: Sequence[Picture]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """``prompt`` for several messages; also the lengths at which an earlier answer ends.
+
+        The kept part reaches to the last image or earlier answer. Errors: PromptError.
+        """
+        _check_messages(self.tokenizer, messages)
+        counts = [picture.num_tokens for picture in pictures]
+        ids = encode_prompt(self.tokenizer, self.template, messages, counts, self.image_token)
+        ends = [index + 1 for index, id in enumerate(ids) if id in self.eos_token_ids]
+        cuts: list[int] = []
+        if len(ends) >= len(messages):  # each message ends with one; a template may add a system's
+            last = list(zip(messages[::-1], ends[::-1], strict=False))
+            cuts = [end for message, end in last[::-1] if message["role"] == "assistant"]
+        keep = max(cuts, default=0)
+        if pictures:
+            keep = max(keep, len(ids) - ids[::-1].index(self.vision_end_token_id))
+        keep = min(keep, len(ids) - 1)
+        return ids[:keep], ids[keep:], cuts
+
     def segments(
-        self, ids: Sequence[int], pictures: Sequence[Picture]
+        self, ids: Sequence[int], pictures: Sequence[Picture], cuts: Sequence[int] = ()
     ) -> list[list[int] | Picture]:
-        """``ids`` as runs of text tokens with the pictures in the places of their image tokens."""
+        """``ids`` as runs of text tokens with the pictures in the places of their image tokens.
+
+        Runs also end at ``cuts``, in ascending order.
+        """
         pieces: list[list[int] | Picture] = []
         done = 0
         for picture in pictures:
             start = ids.index(self.image_token_id, done)
-            pieces += [list(ids[done:start]), picture]
+            pieces += [*_runs(ids, done, start, cuts), picture]
             done = start + picture.num_tokens
-        pieces.append(list(ids[done:]))
-        return [piece for piece in pieces if isinstance(piece, Picture) or piece]
+        return pieces + _runs(ids, done, len(ids), cuts)
+
+
+def _runs(
+    ids: Sequence[int], start: int, end: int, cuts: Sequence[int]
+) -> list[list[int] | Picture]:
+    """``ids[start:end]``, cut; no run is empty."""
+    places = [start, *(cut for cut in cuts if start < cut < end), end]
+    return [list(ids[a:b]) for a, b in pairwise(places) if a < b]
+
+
+def _check_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+    """Refuse what the template cannot carry safely. Errors: PromptError."""
+    if not messages or messages[-1]["role"] != "user":
+        raise PromptError("the last message must be the user's")
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        texts = [part["text"] for part in parts if "text" in part]
+        if message is messages[-1]:
+            check_user_text(tokenizer, " ".join(texts))
+        for text in texts:
+            if found := tokenizer.control_tokens_in(text):
+                raise PromptError(f"a message contains the control token {found[0]}: remove it")
 
 
 def _line(error: Exception) -> str:

@@ -26,13 +26,15 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 class GenerationOptions(Sampling):
     """How to answer: the sampling, and when to end.
 
-    ``stop`` strings end the answer and are not part of it. ``timeout_seconds`` counts from the
+    ``stop`` strings end the answer and are not part of it. ``json_schema`` (a JSON Schema as text,
+    see constrain.py) allows only answers that follow it. ``timeout_seconds`` counts from the
     question, waiting and image included. Setting ``cancel`` from any thread ends the answer within
     about one operation of the model. Errors: UsageError for values outside their range.
     """
 
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None
     timeout_seconds: float | None = None
     cancel: threading.Event | None = None
 

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +33,7 @@ from medmo_edge.runtime.generate import (
     generate,
 )
 from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
-from medmo_edge.runtime.sampling import Sampler
+from medmo_edge.runtime.sampling import Choice, Sampler
 from medmo_edge.runtime.streams import Stream
 
 __all__ = ["Answer", "GenerationOptions", "Session", "Stream", "Study", "load"]
@@ -87,6 +88,7 @@ class Study:
         self._image_texts = tuple(image_texts)
         self._sources = tuple(frame.source.to_dict() for frame in frames)
         self._pictures = [session._chat.picture(frame) for frame in frames]
+        self._owner = object()  # stands for this study in the prefix cache
         self._closed = False
 
     def ask(
@@ -128,8 +130,8 @@ class Study:
         if self._closed:
             raise GenerationError("the study is closed: open it again with session.study")
         segments = self._session._chat.segments(ids, self._pictures, cuts)
-        prefix = Prefix(ids, segments, weakref.ref(self))
-        return self._session._stream(self, prefix, rest, options)
+        prefix = Prefix(ids, segments, self._owner)
+        return self._session._stream(_Asked(self, prefix, rest, options, Limits(options)))
 
     def locate(self, target: str, **options: Any) -> Answer:
         """Ask where ``target`` is, e.g. ``locate("nodule")``; see ``answer.boxes``."""
@@ -146,7 +148,7 @@ class Study:
     def close(self) -> None:
         """Free what is kept of the images; harmless when called again."""
         self._closed = True
-        self._session._prefixes.forget(self)
+        self._session._prefixes.forget(self._owner)
 
     def _answer(self, outcome: Outcome, cost: Cost, prompt_tokens: int) -> Answer:
         session = self._session
@@ -182,6 +184,21 @@ class Study:
             self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One question on its way: what is kept of its prompt, what is not, and its limits."""
+
+    study: Study
+    prefix: Prefix
+    rest: list[int]
+    options: GenerationOptions
+    limits: Limits
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix.ids) + len(self.rest)
+
+
 class Session:
     """One loaded artifact; use it as a context manager, or call ``close``. Thread-safe."""
 
@@ -198,6 +215,8 @@ class Session:
         self.load_seconds = load_seconds
         self._backend = backend
         self._chat = chat
+        #: what compiles JSON schemas for this model's tokenizer
+        self.grammars = Grammars(chat.tokenizer, chat.eos_token_ids)
         self._prefixes = PrefixCache(backend, budget_bytes)
         self._turn = threading.Lock()
         self._holder: tuple[int, weakref.ref[Stream]] | None = None
@@ -245,66 +264,59 @@ class Session:
         with self._turn:
             self._backend.close()
 
-    def _stream(
-        self, study: Study, prefix: Prefix, rest: list[int], options: GenerationOptions
-    ) -> Stream:
+    def _stream(self, asked: _Asked) -> Stream:
         self._require_open()
-        total = len(prefix.ids) + len(rest)
+        total = asked.num_tokens
         if total >= self._backend.max_cells:
             raise GenerationError(
                 f"the prompt has {total} tokens, the context holds {self._backend.max_cells}: use "
                 "smaller or fewer images, or a larger max_context"
             )
-        limits = Limits(options)
-        stream = Stream(limits)
-        stream._pieces = self._run(weakref.ref(stream), study, prefix, rest, options, limits)
+        stream = Stream(asked.limits)
+        stream._pieces = self._run(weakref.ref(stream), asked, stream.choices)
         return stream
 
     def _run(
-        self,
-        stream: weakref.ref[Stream],
-        study: Study,
-        prefix: Prefix,
-        rest: list[int],
-        options: GenerationOptions,
-        limits: Limits,
+        self, stream: weakref.ref[Stream], asked: _Asked, choices: list[Choice]
     ) -> Generator[str, None, Answer]:
         """The life of one answer, from waiting for the turn to the boxes."""
         cost = Cost()
-        prompt_tokens = len(prefix.ids) + len(rest)
-        if not self._take_turn(stream, limits):
-            return study._answer(_nothing(limits), cost, prompt_tokens)
+        if not self._take_turn(stream, asked.limits):
+            return asked.study._answer(_nothing(asked.limits), cost, asked.num_tokens)
         try:
             self._require_open()
-            self._backend.set_interrupt(limits.interrupt)
-            outcome = yield from self._generate(prefix, rest, options, limits, cost)
+            self._backend.set_interrupt(asked.limits.interrupt)
+            outcome = yield from self._generate(asked, choices, cost)
         finally:
             self._backend.set_interrupt(None)
             self._holder = None
             self._turn.release()
-        return study._answer(outcome, cost, prompt_tokens)
+        return asked.study._answer(outcome, cost, asked.num_tokens)
 
     def _generate(
-        self,
-        prefix: Prefix,
-        rest: list[int],
-        options: GenerationOptions,
-        limits: Limits,
-        cost: Cost,
+        self, asked: _Asked, choices: list[Choice], cost: Cost
     ) -> Generator[str, None, Outcome]:
-        chat = self._chat
+        tokenizer, schema = self._chat.tokenizer, asked.options.json_schema
+        constraint = None if schema is None else self.grammars.start(schema)
         try:
-            self._prefixes.bring(prefix, cost)
+            self._prefixes.bring(asked.prefix, cost)
             start = time.perf_counter()
-            logits = self._backend.decode_tokens(rest)
+            logits = self._backend.decode_tokens(asked.rest)
             cost.text_seconds += time.perf_counter() - start
         except Interrupted:
-            return _nothing(limits)
-        sampler = Sampler(options, chat.tokenizer.length, prefix.ids + rest)
-        text = chat.tokenizer.stream()
+            return _nothing(asked.limits)
+        prompt_ids = asked.prefix.ids + asked.rest
+        sampler = Sampler(asked.options, tokenizer.length, prompt_ids, constraint, choices)
+        eos = self._chat.eos_token_ids
         return (
             yield from generate(
-                self._backend, logits, sampler, text, chat.eos_token_ids, options, limits
+                self._backend,
+                logits,
+                sampler,
+                tokenizer.stream(),
+                eos,
+                asked.options,
+                asked.limits,
             )
         )
 

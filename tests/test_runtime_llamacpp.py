@@ -18,7 +18,7 @@ from medmo_edge.errors import GenerationError
 from medmo_edge.images import Frame
 from medmo_edge.runtime import llamacpp_fit, llamacpp_native
 from medmo_edge.runtime.backends import START, Interrupted
-from medmo_edge.runtime.prefixes import Cost, Prefix
+from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
 from medmo_edge.runtime.session import Session, Study, load
 
 pytest.importorskip("llama_cpp", reason="needs the llamacpp extra")
@@ -61,10 +61,9 @@ def fresh_logits(session: Session) -> Callable[[Study, str], NDArray[np.float32]
     def compute(study: Study, question: str) -> NDArray[np.float32]:
         ids, rest = session._chat.prompt(question, study._pictures)
         prefix = Prefix(ids, session._chat.segments(ids, study._pictures))
-        session._prefixes.bring(prefix, Cost())
-        logits = session._backend.decode_tokens(rest)
-        session._prefixes.forget(prefix)
-        return logits
+        session._prefixes._resident = None
+        PrefixCache(session._backend, 0).bring(prefix, Cost())
+        return session._backend.decode_tokens(rest)
 
     return compute
 
