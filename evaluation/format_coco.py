@@ -89,7 +89,8 @@ def _read(
 ) -> Item:
     where = f"{path}, image {image.get('id')!r}"
     name = str(image.get("file_name") or "")
-    picture = pictures.find(name, where)
+    near = (path.parent.name, path.stem.rpartition("_")[2])  # train/, or instances_train2017
+    picture = pictures.find(name, where, near)
     size = picture_size(picture, where)
     noted = (image.get("width"), image.get("height"))
     if all(noted) and noted != size:

@@ -167,11 +167,11 @@ class Pictures:
                         found.setdefault(key, []).append(Path(folder) / name)
         return found
 
-    def find(self, name: str, where: str) -> Path:
+    def find(self, name: str, where: str, near: tuple[str, ...] = ()) -> Path:
         """The file that ``name`` means: as a path below the root, else its one namesake.
 
-        Letter case, backslashes and the ending may differ. Errors: SampleError when there is none
-        or there are several.
+        Letter case, backslashes and the ending may differ. Of several namesakes those in a folder
+        named in ``near`` count. Errors: SampleError when there is none or there are several.
         """
         wanted = name.strip().replace("\\", "/")
         direct = self.root / wanted.lstrip("/")
@@ -180,8 +180,11 @@ class Pictures:
         last = wanted.rpartition("/")[2].lower()
         stem = Path(last).stem if last.endswith(PICTURE_ENDINGS) else last
         matches = self._files.get(last) or self._files.get(stem, [])
-        tail = [path for path in matches if path.as_posix().lower().endswith(wanted.lower())]
-        matches = tail if tail else matches
+        for narrower in (
+            [path for path in matches if path.as_posix().lower().endswith(wanted.lower())],
+            [path for path in matches if not set(near).isdisjoint(path.parts)],
+        ):
+            matches = narrower if len(matches) > 1 and narrower else matches
         if len(matches) == 1:
             return matches[0]
         problem = f"fits {len(matches)} files" if matches else "is missing"
