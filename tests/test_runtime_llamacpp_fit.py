@@ -25,8 +25,8 @@ def _large(manifest: Manifest, size: int) -> Manifest:
 
 
 def test_a_token_of_the_4b_model_takes_144_kib(tiny_artifact: Path) -> None:
-    facts = llamacpp_fit.Facts.of(_large(read_manifest(tiny_artifact), GB))
-    assert facts.cell_bytes == 147_456  # keys and values x 36 layers x 8 heads x 128 x 2 bytes
+    manifest = _large(read_manifest(tiny_artifact), GB)
+    assert llamacpp_fit.cell_bytes(manifest) == 147_456  # keys and values x 36 layers x 8 heads x 128 x 2 bytes
 
 
 @pytest.mark.parametrize(
