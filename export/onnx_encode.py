@@ -1,0 +1,83 @@
+"""Rows of weights as the numbers that graphs store: 16 bit, blocks of 8 or 4 bit, and fp8.
+
+Pure numpy on one block of rows [n, in] float32 at a time; every row is independent of the others.
+Which matrix gets which encoding is decided elsewhere. Scales are rounded to the type they are
+stored in before the codes are computed with them.
+Sources: ONNX Runtime, docs/ContribOperators.md (MatMulNBits); ONNX operators DequantizeLinear-21
+and QuantizeLinear-21; IEEE-like FLOAT8E4M3FN in the ONNX documentation, "Float stored in 8 bits".
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FP8_MAX = 448.0
+_INT4_MAX = 7.0
+_INT8_MAX = 127.0
+
+Rows = NDArray[np.float32]
+
+
+def encode_nbits(
+    rows: Rows, bits: int, block: int, dtype: np.dtype[Any]
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """MatMulNBits without zero points: codes [n, in / block, block * bits / 8] and scales.
+
+    Scales are [n, in / block]. The entry of largest magnitude in a block becomes code 0, which
+    stands for -2^(bits - 1).
+    """
+    half = 1 << (bits - 1)
+    groups = rows.reshape(rows.shape[0], -1, block)
+    highest, lowest = groups.max(axis=2), groups.min(axis=2)
+    extreme = np.where(highest > -lowest, highest, lowest)
+    scales = (extreme / np.float32(-half)).astype(dtype)
+    codes = np.rint(groups * _inverse(scales)[:, :, None])
+    codes += half
+    packed = np.clip(codes, 0, 2 * half - 1, out=codes).astype(np.uint8)
+    return (packed if bits == 8 else _pack_nibbles(packed)), scales
+
+
+def encode_int4(
+    rows: Rows, block: int, dtype: np.dtype[Any]
+) -> tuple[NDArray[np.int8], NDArray[Any]]:
+    """DequantizeLinear: codes -8..7 as int8 [n, in], scales [n, in / block]."""
+    groups = rows.reshape(rows.shape[0], -1, block)
+    scales = (np.abs(groups).max(axis=2) / np.float32(_INT4_MAX)).astype(dtype)
+    codes = np.clip(np.rint(groups * _inverse(scales)[:, :, None]), -8, 7)
+    return codes.astype(np.int8).reshape(rows.shape), scales
+
+
+def encode_int8(rows: Rows) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric per row: codes -127..127 [n, in], scales [n]."""
+    scales = np.abs(rows).max(axis=1) / np.float32(_INT8_MAX)
+    codes = np.rint(rows * _inverse(scales)[:, None])
+    return np.clip(codes, -_INT8_MAX, _INT8_MAX).astype(np.int8), scales
+
+
+def encode_fp8(rows: Rows, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Symmetric per row, saturated: bits of FLOAT8E4M3FN [n, in], scales [n]."""
+    import ml_dtypes
+
+    scales = (np.abs(rows).max(axis=1) / np.float32(FP8_MAX)).astype(dtype)
+    codes = np.clip(rows * _inverse(scales)[:, None], -FP8_MAX, FP8_MAX)
+    return codes.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scales
+
+
+def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """ONNX INT4: two values a byte along the last axis, the first in the low half."""
+    return _pack_nibbles((codes & 0xF).astype(np.uint8))
+
+
+def _pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    low, high = codes[..., 0::2], codes[..., 1::2] << np.uint8(4)
+    packed: NDArray[np.uint8] = np.bitwise_or(low, high)
+    return packed
+
+
+def _inverse(scales: NDArray[Any]) -> NDArray[np.float32]:
+    """1 / scale, 0 where a block is all zero (or too small for its scale's type)."""
+    wide = scales.astype(np.float32)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(wide != 0, np.float32(1) / wide, np.float32(0))
+    return inverse.astype(np.float32)

@@ -1,0 +1,291 @@
+"""The weights of one checkpoint as nodes and initializers of one graph.
+
+Initializers are named after their tensor, quantised parts with a suffix, so the keys of a
+calibration record find them. This module streams tensors; how numbers are rounded is in
+``onnx_encode`` and which tensor gets which encoding is the caller's choice.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.checkpoint import Checkpoint
+from medmo_edge.errors import CalibrationError, ExportError
+from medmo_edge.export.onnx_encode import (
+    encode_fp8,
+    encode_int4,
+    encode_int8,
+    encode_nbits,
+    pack_int4,
+)
+from medmo_edge.export.onnx_graph import CONTRIB, Graph, Region, Weight
+
+GraphDtype = Literal["float32", "float16", "bfloat16"]
+Kind = Literal["float", "nbits", "dynamic", "int4", "fp8"]
+
+ELEMENT: dict[GraphDtype, str] = {
+    "float32": "FLOAT",
+    "float16": "FLOAT16",
+    "bfloat16": "BFLOAT16",
+}
+# Float32 bytes held at once; encoders need a few times as much on top.
+_BLOCK_BYTES = 16 << 20
+# Columns of 4-bit values share bytes in pairs, so blocks start at even rows.
+_EVEN = ~1
+# MatMulNBits accuracy_level: activations in 8 bits, the fast kernels of CPUs.
+_INT8_ACTIVATIONS = 4
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How a matrix is stored.
+
+    ``float``: in the graph's type. ``nbits``: MatMulNBits, ``bits`` 8 or 4 in blocks. ``dynamic``:
+    int8 per output channel, activations to 8 bits at run time. ``int4`` and ``fp8``: plain ONNX
+    (DequantizeLinear); fp8 activations need a scale from calibration.
+    """
+
+    kind: Kind
+    bits: int = 0
+    block: int = 0
+
+    @property
+    def label(self) -> str:
+        """The name in the manifest; "float" is replaced by the graph's type there."""
+        names = {"nbits": f"int{self.bits}", "dynamic": "int8-dynamic"}
+        return names.get(self.kind, self.kind)
+
+    def fits(self, width: int) -> bool:
+        """Whether rows of this many values can be stored so."""
+        return not self.block or width % self.block == 0
+
+
+FLOAT = Encoding(kind="float")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folding:
+    """Scales moved between layers (AWQ): same result in exact arithmetic, smaller rounding errors.
+
+    By tensor name: ``columns`` multiplies input channels, ``rows`` divides output channels (or the
+    entries of a norm's weight).
+    """
+
+    columns: Mapping[str, Rows] = field(default_factory=dict)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class Weights:
+    """Adds tensors of ``checkpoint`` to ``graph``; ``stored`` logs (encoding, values) of each.
+
+    ``activation_scales`` maps matrices without ".weight" to amax / 448, for fp8 only.
+    """
+
+    graph: Graph
+    checkpoint: Checkpoint
+    dtype: GraphDtype
+    folding: Folding = field(default_factory=Folding)
+    activation_scales: Mapping[str, float] = field(default_factory=dict)
+    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _inputs: dict[tuple[str, float], str] = field(default_factory=dict)
+
+    def vector(self, name: str) -> str:
+        """A tensor in the graph's type, shape unchanged: norms, biases, position tables."""
+        shape = self.checkpoint.tensors[name].shape
+
+        def fill(region: Region) -> None:
+            for _, block in self.blocks(name):
+                region.append(self.narrow(name, block))
+
+        weight = Weight(name=name, dtype=ELEMENT[self.dtype], shape=shape)
+        self.stored[name] = self.dtype, prod(shape)
+        return self.graph.add_weight(weight, fill)
+
+    def linear(self, x: str, name: str, encoding: Encoding = FLOAT, bias: str = "") -> str:
+        """x @ W^T (+ bias) for matrix ``name`` [out, in]; falls back to the graph's type."""
+        width = prod(self.checkpoint.tensors[name].shape[1:])
+        if not encoding.fits(width):
+            encoding = FLOAT
+        label = self.dtype if encoding.kind == "float" else encoding.label
+        self.stored[name] = label, prod(self.checkpoint.tensors[name].shape)
+        return _ENCODERS[encoding.kind](self, x, name, encoding, bias)
+
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a tensor; a patch convolution is a matrix too."""
+        shape = self.checkpoint.tensors[name].shape
+        return shape[0], prod(shape[1:])
+
+    def add_bias(self, x: str, bias: str) -> str:
+        """x + bias, or x when there is none."""
+        return self.graph.add("Add", x, self.vector(bias)) if bias else x
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Rows]]:
+        """(first row, rows [n, in]) after folding; vectors come as [n, 1].
+
+        Errors: ExportError for NaN or infinity in the checkpoint.
+        """
+        out, width = self.matrix_shape(name)
+        step = max(2, (_BLOCK_BYTES // (4 * width)) & _EVEN)
+        columns, divisor = self.folding.columns.get(name), self.folding.rows.get(name)
+        first = 0
+        for raw in self.checkpoint.row_blocks(name, step * 4 * width):
+            block = np.ascontiguousarray(raw.reshape(-1, width))
+            if not np.isfinite(block).all():
+                raise ExportError(
+                    f"{self.checkpoint.path}: tensor {name} holds NaN or infinity: "
+                    "the checkpoint is damaged or its training diverged"
+                )
+            if columns is not None:
+                block = block * columns
+            if divisor is not None:
+                block = block / divisor[first : first + len(block), None]
+            yield first, block
+            first += len(block)
+
+    def narrow(self, name: str, block: Rows) -> NDArray[Any]:
+        """A block in the graph's type. Errors: ExportError when float16 cannot hold it."""
+        with np.errstate(over="ignore"):
+            narrowed = block.astype(self.numpy_dtype)
+        if self.dtype == "float16" and not np.isfinite(narrowed).all():
+            raise ExportError(
+                f"{self.checkpoint.path}: tensor {name} exceeds the range of float16: "
+                "choose a target with float32"
+            )
+        return narrowed
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """The graph's type in numpy (bfloat16 comes from ml_dtypes)."""
+        if self.dtype == "bfloat16":
+            import ml_dtypes
+
+            narrow: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return narrow
+        return np.dtype(self.dtype)
+
+    def quantised_input(self, x: str, name: str) -> str:
+        """x rounded to fp8 by the calibrated scale of matrix ``name``; shared by equal scales."""
+        scale = self.activation_scales.get(name.removesuffix(".weight"))
+        if scale is None or not (np.isfinite(scale) and scale > 0):
+            raise CalibrationError(
+                f"the calibration record has {'no' if scale is None else 'an impossible'} "
+                f"activation scale for {name}: calibrate again with image and text samples"
+            )
+        if (x, scale) not in self._inputs:
+            import ml_dtypes
+
+            stored = self.graph.constant(scale, self.numpy_dtype)
+            zero = self.graph.constant(0, np.dtype(ml_dtypes.float8_e4m3fn))
+            codes = self.graph.add("QuantizeLinear", x, stored, zero)
+            self._inputs[x, scale] = self.graph.add("DequantizeLinear", codes, stored, zero)
+        return self._inputs[x, scale]
+
+
+def _float(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    out, width = weights.matrix_shape(name)
+    weight = Weight(name=name, dtype=ELEMENT[weights.dtype], shape=(width, out))
+
+    def fill(region: Region) -> None:
+        for first, block in weights.blocks(name):
+            narrowed = weights.narrow(name, block)
+            region.put_columns(first * narrowed.itemsize, narrowed.T)
+
+    y = weights.graph.add("MatMul", x, weights.graph.add_weight(weight, fill))
+    return weights.add_bias(y, bias)
+
+
+def _nbits(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    out, width = weights.matrix_shape(name)
+    bits, block = encoding.bits, encoding.block
+    shape = (out, width // block, block * bits // 8)
+    codes = Weight(name=f"{name}.codes", dtype="UINT8", shape=shape)
+    scales = Weight(
+        name=f"{name}.scales", dtype=ELEMENT[weights.dtype], shape=(out * width // block,)
+    )
+
+    def fill(regions: Sequence[Region]) -> None:
+        for _, rows in weights.blocks(name):
+            parts = encode_nbits(rows, bits, block, weights.numpy_dtype)
+            for region, part in zip(regions, parts, strict=True):
+                region.append(part)
+
+    weights.graph.add_weights((codes, scales), fill)
+    optional = ["", "", weights.vector(bias)] if bias else []
+    return weights.graph.add(
+        "MatMulNBits",
+        *(x, codes.name, scales.name, *optional),
+        domain=CONTRIB,
+        K=width,
+        N=out,
+        bits=bits,
+        block_size=block,
+        accuracy_level=_INT8_ACTIVATIONS,
+    )
+
+
+def _dynamic(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    codes, scales = _per_channel(weights, name, "INT8", encode_int8)
+    optional = ["", weights.vector(bias)] if bias else []
+    return weights.graph.add("DynamicQuantizeMatMul", x, codes, scales, *optional, domain=CONTRIB)
+
+
+def _fp8(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    rounded = weights.quantised_input(x, name)
+    codes, scales = _per_channel(
+        weights, name, "FLOAT8E4M3FN", lambda rows: encode_fp8(rows, weights.numpy_dtype)
+    )
+    wide = weights.graph.add("DequantizeLinear", codes, scales, axis=1)
+    return weights.add_bias(weights.graph.add("MatMul", rounded, wide), bias)
+
+
+def _per_channel(
+    weights: Weights, name: str, dtype: str, encode: Callable[[Rows], Sequence[NDArray[Any]]]
+) -> tuple[str, str]:
+    """Byte codes [in, out] and one scale per output channel; returns their names."""
+    out, width = weights.matrix_shape(name)
+    codes = Weight(name=f"{name}.codes", dtype=dtype, shape=(width, out))
+    scales = Weight(name=f"{name}.scales", dtype=ELEMENT[weights.dtype], shape=(out,))
+
+    def fill(regions: Sequence[Region]) -> None:
+        for first, rows in weights.blocks(name):
+            encoded, scale = encode(rows)
+            regions[0].put_columns(first, encoded.T)
+            regions[1].append(scale)
+
+    weights.graph.add_weights((codes, scales), fill)
+    return codes.name, scales.name
+
+
+def _int4(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    out, width = weights.matrix_shape(name)
+    block = encoding.block
+    codes = Weight(name=f"{name}.codes", dtype="INT4", shape=(width, out))
+    scales = Weight(
+        name=f"{name}.scales", dtype=ELEMENT[weights.dtype], shape=(width // block, out)
+    )
+
+    def fill(regions: Sequence[Region]) -> None:
+        for first, rows in weights.blocks(name):
+            encoded, scale = encode_int4(rows, block, weights.numpy_dtype)
+            regions[0].put_columns(first // 2, pack_int4(np.ascontiguousarray(encoded.T)))
+            regions[1].put_columns(first * scale.itemsize, scale.T)
+
+    weights.graph.add_weights((codes, scales), fill)
+    wide = weights.graph.add("DequantizeLinear", codes.name, scales.name, axis=0, block_size=block)
+    return weights.add_bias(weights.graph.add("MatMul", x, wide), bias)
+
+
+_ENCODERS: dict[Kind, Callable[[Weights, str, str, Encoding, str], str]] = {
+    "float": _float,
+    "nbits": _nbits,
+    "dynamic": _dynamic,
+    "int4": _int4,
+    "fp8": _fp8,
+}
