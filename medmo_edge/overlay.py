@@ -19,15 +19,21 @@ NOTICE = "Research use only - not for diagnosis"
 
 
 def draw_overlay(
-    frame: Frame, boxes: Sequence[Box], *, truth: Sequence[Box] = (), notice: str = NOTICE
+    frame: Frame,
+    boxes: Sequence[Box],
+    *,
+    truth: Sequence[Box] = (),
+    notice: str = NOTICE,
+    min_long_side: int = MIN_LONG_SIDE,
 ) -> NDArray[np.uint8]:
     """RGB picture [H, W, 3] of ``frame`` with ``boxes`` (source pixels) and their labels.
 
-    One colour a label; ``truth`` boxes are dashed white. Small frames are enlarged so that labels
-    stay readable; ``notice`` is printed below the picture, never over it.
+    One colour a label; ``truth`` boxes are dashed white. Frames below ``min_long_side`` are
+    enlarged by a whole factor so that labels stay readable; ``notice`` is printed below the
+    picture, never over it.
     """
     height, width = frame.pixels.shape[:2]
-    scale = max(1, -(-MIN_LONG_SIDE // max(height, width)))
+    scale = max(1, -(-min_long_side // max(height, width)))
     picture = Image.fromarray(frame.pixels, "RGB").resize((width * scale, height * scale))
     canvas = Image.new("RGB", (picture.width, picture.height + 24), "black")
     canvas.paste(picture)
