@@ -116,6 +116,23 @@ class Observer:
             rows.append(backend.decode_tokens([token])[:length])
         return np.stack(rows)
 
+    def go_on(
+        self, frames: Sequence[Frame], question: str, begun: Sequence[int], max_new_tokens: int
+    ) -> tuple[int, ...]:
+        """The tokens ``begun`` and how the model greedily goes on after them."""
+        study = self._study_of(tuple(frames))
+        prefix, rest = self._prompt(study, question)
+        session, length = self._session, self._chat.tokenizer.length
+        session._prefixes.bring(prefix, Cost())
+        tokens = list(begun)
+        logits = session._backend.decode_tokens([*rest, *tokens])
+        while len(tokens) < max_new_tokens:
+            tokens.append(int(logits[:length].argmax()))
+            if tokens[-1] in self._chat.eos_token_ids:
+                break
+            logits = session._backend.decode_tokens(tokens[-1:])
+        return tuple(tokens)
+
     def close(self) -> None:
         """Let go of the images; the session stays open."""
         if self._study is not None:
