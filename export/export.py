@@ -6,7 +6,8 @@ by one rename. What a format writes is in the modules named after it.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 from medmo_edge import __version__
 from medmo_edge.calibration.imatrix import Imatrix, read_imatrix
-from medmo_edge.checkpoint import Checkpoint, open_checkpoint
+from medmo_edge.checkpoint import Checkpoint, VisionConfig, open_checkpoint
 from medmo_edge.errors import ExportError, UsageError
 from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, write_files
 from medmo_edge.export.licence import stated_licence
+from medmo_edge.export.onnx_files import ROLES as ONNX_ROLES
+from medmo_edge.export.onnx_files import find_recipe, plan_onnx, write_onnx
 from medmo_edge.export.targets import Target, find_target
 from medmo_edge.manifest import (
     FileRecord,
@@ -31,14 +34,23 @@ from medmo_edge.manifest import (
 Progress = Callable[[str, int, int], None]
 
 TOKENIZER_FILE, TEMPLATE_FILE = "tokenizer.json", "chat_template.jinja"
-_ROLES = {
-    LANGUAGE_FILE: "language",
-    VISION_FILE: "vision",
-    TOKENIZER_FILE: "tokenizer",
-    TEMPLATE_FILE: "chat_template",
-}
+_GGUF_ROLES = {LANGUAGE_FILE: "language", VISION_FILE: "vision"}
+_SHARED_ROLES = {TOKENIZER_FILE: "tokenizer", TEMPLATE_FILE: "chat_template"}
+_LIBRARIES = ("gguf", "llama-cpp-python", "ml_dtypes", "numpy", "onnx")
 # Metadata, manifest and file system blocks on top of tensors and tokenizer.
 _SPARE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """One format's work: bytes it will write, the role of each file, and the writing itself.
+
+    ``write`` returns what the manifest says about the weights.
+    """
+
+    data_bytes: int
+    roles: Mapping[str, str]
+    write: Callable[[Progress], dict[str, Any]]
 
 
 def export_checkpoint(
@@ -62,10 +74,13 @@ def export_checkpoint(
     started = time.monotonic()
     matrix = read_imatrix(imatrix) if imatrix else None
     with open_checkpoint(checkpoint) as opened, new_artifact(Path(output)) as staging:
-        plan = plan_gguf(opened, row.weights, staging, matrix, str(imatrix or ""))
+        if row.format == "gguf":
+            job = _gguf_job(opened, row, staging, matrix, str(imatrix or ""))
+        else:
+            job = _onnx_job(opened, row, staging)
         facts = _model_facts(opened)
-        _check_space(plan.data_bytes + opened.tokenizer_path.stat().st_size, staging)
-        weights = write_files(plan, opened, matrix, report)
+        _check_space(job.data_bytes + opened.tokenizer_path.stat().st_size, staging)
+        weights = job.write(report)
         shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
         (staging / TEMPLATE_FILE).write_text(opened.chat_template, encoding="utf-8", newline="")
         identity = _identify(opened, report)
@@ -75,7 +90,7 @@ def export_checkpoint(
             model=facts,
             coords=opened.coords,
             preprocessing=opened.preprocessing.to_dict(),
-            files=_record_files(staging, report),
+            files=_record_files(staging, {**job.roles, **_SHARED_ROLES}, report),
             weights=weights,
             checkpoint=identity,
             calibration=_calibration_record(imatrix, matrix),
@@ -85,6 +100,26 @@ def export_checkpoint(
         )
         written = write_manifest(staging, manifest)
     return written.moved_to(Path(output))
+
+
+def _gguf_job(
+    checkpoint: Checkpoint, row: Target, folder: Path, matrix: Imatrix | None, source: str
+) -> _Job:
+    plan = plan_gguf(checkpoint, row.weights, folder, matrix, source)
+    return _Job(
+        data_bytes=plan.data_bytes,
+        roles=_GGUF_ROLES,
+        write=lambda report: write_files(plan, checkpoint, matrix, report),
+    )
+
+
+def _onnx_job(checkpoint: Checkpoint, row: Target, folder: Path) -> _Job:
+    plan = plan_onnx(checkpoint, find_recipe(row.weights))
+    return _Job(
+        data_bytes=plan.data_bytes,
+        roles=ONNX_ROLES,
+        write=lambda report: write_onnx(plan, checkpoint, folder, report),
+    )
 
 
 def _check_space(needed: int, folder: Path) -> None:
@@ -106,30 +141,49 @@ def _identify(checkpoint: Checkpoint, report: Progress) -> dict[str, str]:
 
 
 def _model_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    config = checkpoint.config
+    config, text = checkpoint.config, checkpoint.config.text
     return {
         "name": checkpoint.name,
         "architecture": "qwen3vl",
         "num_parameters": checkpoint.num_parameters,
-        "vocab_size": config.text.vocab_size,
+        "vocab_size": text.vocab_size,
         "tokenizer_length": checkpoint.load_tokenizer().length,
         "eos_token_ids": list(config.eos_token_ids),
         "image_token_id": config.image_token_id,
         "vision_start_token_id": config.vision_start_token_id,
         "vision_end_token_id": config.vision_end_token_id,
         "image_token": "<|image_pad|>",
-        "max_positions": config.text.max_positions,
-        "num_layers": config.text.num_layers,
-        "num_kv_heads": config.text.num_kv_heads,
-        "head_dim": config.text.head_dim,
-        "hidden_size": config.text.hidden_size,
+        "max_positions": text.max_positions,
+        "num_layers": text.num_layers,
+        "num_heads": text.num_heads,
+        "num_kv_heads": text.num_kv_heads,
+        "head_dim": text.head_dim,
+        "hidden_size": text.hidden_size,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_theta": text.rope_theta,
+        "mrope_section": list(text.mrope_section),
         "deepstack_levels": len(config.vision.deepstack_indexes),
+        "vision": _vision_facts(config.vision),
         "generation": dict(checkpoint.generation),
     }
 
 
-def _record_files(staging: Path, report: Progress) -> dict[str, FileRecord]:
-    total = sum((staging / name).stat().st_size for name in _ROLES)
+def _vision_facts(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "depth": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "num_heads": vision.num_heads,
+        "num_position_embeddings": vision.num_position_embeddings,
+        "merge_size": vision.merge_size,
+        "out_hidden_size": vision.out_hidden_size,
+        "patch_size": vision.patch_size,
+    }
+
+
+def _record_files(
+    staging: Path, roles: Mapping[str, str], report: Progress
+) -> dict[str, FileRecord]:
+    total = sum((staging / name).stat().st_size for name in roles)
     done = 0
 
     def count(size: int) -> None:
@@ -137,7 +191,7 @@ def _record_files(staging: Path, report: Progress) -> dict[str, FileRecord]:
         done += size
         report("file hashes", done, total)
 
-    return {name: record_file(staging / name, role, count) for name, role in _ROLES.items()}
+    return {name: record_file(staging / name, role, count) for name, role in roles.items()}
 
 
 def _calibration_record(path: Path | None, imatrix: Imatrix | None) -> dict[str, Any] | None:
@@ -157,7 +211,7 @@ def _exporter(target: Target, seconds: float) -> dict[str, Any]:
     return {
         "name": "medmo-edge",
         "version": __version__,
-        "libraries": {name: _version(name) for name in ("gguf", "llama-cpp-python", "numpy")},
+        "libraries": {name: _version(name) for name in _LIBRARIES},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "weights": target.weights,

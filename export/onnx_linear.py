@@ -85,6 +85,8 @@ class Folding:
 class Weights:
     """Adds tensors of ``checkpoint`` to ``graph``; ``stored`` logs (encoding, values) of each.
 
+    ``fallbacks`` names matrices whose rows do not fit the blocks they should have had.
+
     ``activation_scales`` maps matrices without ".weight" to amax / 448, for fp8 only.
     """
 
@@ -94,6 +96,7 @@ class Weights:
     folding: Folding = field(default_factory=Folding)
     activation_scales: Mapping[str, float] = field(default_factory=dict)
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
     _inputs: dict[tuple[str, float], str] = field(default_factory=dict)
 
     def vector(self, name: str) -> str:
@@ -112,6 +115,7 @@ class Weights:
         """x @ W^T (+ bias) for matrix ``name`` [out, in]; falls back to the graph's type."""
         width = prod(self.checkpoint.tensors[name].shape[1:])
         if not encoding.fits(width):
+            self.fallbacks[name] = f"{encoding.label} -> {self.dtype}"
             encoding = FLOAT
         label = self.dtype if encoding.kind == "float" else encoding.label
         self.stored[name] = label, prod(self.checkpoint.tensors[name].shape)

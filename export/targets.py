@@ -22,7 +22,7 @@ class Target:
 
     name: str
     backend: str
-    format: Literal["gguf"]
+    format: Literal["gguf", "onnx"]
     weights: str
     needs_calibration: str | None = None
     takes_imatrix: bool = False
@@ -39,6 +39,10 @@ def _gguf(weights: str, *, takes_imatrix: bool = False) -> Target:
     )
 
 
+def _onnx(weights: str) -> Target:
+    return Target(name=f"onnx-{weights}", backend="ort", format="onnx", weights=weights)
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -49,6 +53,10 @@ TARGETS: dict[str, Target] = {
         _gguf("q5_k_m", takes_imatrix=True),
         _gguf("q4_k_m", takes_imatrix=True),
         _gguf("iq4_xs", takes_imatrix=True),
+        _onnx("fp32"),
+        _onnx("fp16"),
+        _onnx("int8"),
+        _onnx("int4"),
     )
 }
 

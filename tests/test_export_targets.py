@@ -21,8 +21,13 @@ def test_the_table_offers_what_the_readme_promises() -> None:
         "gguf-q5_k_m",
         "gguf-q4_k_m",
         "gguf-iq4_xs",
+        "onnx-fp32",
+        "onnx-fp16",
+        "onnx-int8",
+        "onnx-int4",
     ]
-    assert {target.backend for target in TARGETS.values()} == {"llamacpp"}
+    backends = {(target.format, target.backend) for target in TARGETS.values()}
+    assert backends == {("gguf", "llamacpp"), ("onnx", "ort")}
 
 
 @pytest.mark.parametrize("name", ["gguf-q4_km", "q4_k_m", "gguf_q8_0", ""])
