@@ -1,60 +1,141 @@
-"""Labelled samples as verification asks them: decoded images, one question, the truth.
+"""Cases: one question of a benchmark as it is asked, with all that its score needs.
 
-An image that several samples share is decoded once when they follow each other. Conversations of
-several turns are reduced to their last question; nothing is judged here.
+The words of the prompts are MedEvalKit's (question_formats.py, English and, for SLAKE, Chinese, the
+variants without reasoning) and MedSG-Bench's; the locate questions are MedMO's own. Pictures are
+loaded here, one at a time. Which benchmark uses which words is in the table of benchmarks.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from medmo_edge.errors import SampleError
-from medmo_edge.images import Frame, read_image
-from medmo_edge.samples import Sample, question_of, read_samples
+import numpy as np
+
+from medmo_edge.boxes import Box, Coords, Geometry, to_model
+from medmo_edge.evaluation.items import LETTERS, Embedded, Item
+from medmo_edge.images import Frame, read_image, replace_path
+from medmo_edge.phantoms import draw
+
+MC_TAIL = "Answer with the option's letter from the given choices directly."
+JUDGE_TAIL = "Please output 'yes' or 'no'(no extra output)."
+CLOSE_TAIL = "Answer the question using a single word or phrase."
+OPEN_TAIL = "Please answer the question concisely."
+CLOSE_TAIL_ZH = "\u8bf7\u7528\u4e00\u4e2a\u5355\u8bcd\u6216\u8005\u77ed\u8bed\u56de\u7b54\u8be5\u95ee\u9898\u3002"
+OPEN_TAIL_ZH = "\u8bf7\u7b80\u8981\u56de\u7b54\u8be5\u95ee\u9898\u3002"
+REPORT = (
+    "You are a helpful assistant. Please generate a report for the given images, including both "
+    "findings and impressions. Return the report in the following format: Findings: {} Impression: "
+    "{}."
+)
+REPORT_INDENTED = f"\n        {REPORT}\n        "  # MIMIC-CXR alone, as published
+# The published suffix for models that answer <box>[[...]]</box>, spelling included.
+MEDSG_TAIL = "Format:<box>[[x1,y1,x2,y2]]</box>. Don't generate addtional words."
+
+_QUESTION_BOX = re.compile(
+    r"(?:<\|box_start\|>)?\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)"
+    r"(?:<\|box_end\|>)?|\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]"
+)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Case:
-    """One sample with its pixels; ``picture`` names what is not independent of other cases."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A phantom that is drawn when it is shown; ``size`` is (width, height) in pixels."""
 
-    sample: Sample
-    frames: tuple[Frame, ...]
-    question: str
+    seed: int
+    size: tuple[int, int]
 
     @property
-    def picture(self) -> str:
-        """The images' paths, or the sample's id without images."""
-        return " ".join(map(str, self.sample.images)) or self.sample.id
+    def name(self) -> str:
+        """What stands in reports for a file name."""
+        return f"phantom-{self.seed}"
 
 
-def read_checked(path: Path) -> list[Sample]:
-    """All samples of a file, after looking that every one asks something and its images are there.
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A window (x1, y1, x2, y2) in whole pixels of a picture file."""
 
-    Errors: SampleError naming how many images are missing and the first of them.
+    path: Path
+    window: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        """What stands in reports for a file name."""
+        return f"{self.path.name}[{','.join(map(str, self.window))}]"
+
+
+Shown = Path | Embedded | Drawn | Crop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One question. ``sample`` is the publisher's item that it belongs to; one item may ask more.
+
+    ``rule`` names how it is scored; ``gold``, ``golds``, ``options`` (as printed) and ``boxes``
+    (source pixels) are what the rule needs. ``groups`` are the figures' breakdowns.
     """
-    samples = list(read_samples(path))
-    for sample in samples:
-        question_of(sample)
-    missing = sorted({image for s in samples for image in s.images if not image.is_file()})
-    if missing:
-        raise SampleError(f"{path}: {len(missing)} images are missing, the first is {missing[0]}")
-    return samples
+
+    id: str
+    sample: str
+    question: str
+    rule: str
+    images: tuple[Shown, ...] = ()
+    image_texts: tuple[str, ...] = ()
+    max_new_tokens: int = 512
+    gold: str = ""
+    golds: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
-def open_cases(samples: Sequence[Sample]) -> Iterator[Case]:
-    """The samples with their images read. Errors: ImageError."""
-    paths: tuple[Path, ...] = ()
-    frames: tuple[Frame, ...] = ()
-    for sample in samples:
-        if sample.images != paths:
-            paths, frames = sample.images, tuple(read_image(path) for path in sample.images)
-        yield Case(sample=sample, frames=frames, question=question_of(sample))
+def load_frame(picture: Shown) -> Frame:
+    """The pixels of a picture. Errors: ImageError naming it."""
+    if isinstance(picture, Path):
+        return read_image(picture)
+    if isinstance(picture, Drawn):
+        return Frame.from_pixels(draw(picture.seed, size=picture.size).pixels, path=picture.name)
+    if isinstance(picture, Crop):
+        x1, y1, x2, y2 = picture.window
+        pixels = read_image(picture.path).pixels[y1:y2, x1:x2]
+        return Frame.from_pixels(np.ascontiguousarray(pixels), path=picture.name)
+    with tempfile.NamedTemporaryFile(suffix=Path(picture.name).suffix) as file:
+        file.write(picture.data)
+        file.flush()
+        return replace_path(read_image(file.name), picture.name)
 
 
-def samples_sha256(path: Path, samples: Sequence[Sample]) -> str:
-    """Hash of the sample file and of every image it names."""
-    digest = hashlib.sha256(path.read_bytes())
-    for image in sorted({image for sample in samples for image in sample.images}):
-        digest.update(hashlib.sha256(image.read_bytes()).digest())
-    return digest.hexdigest()
+def choice_text(question: str, options: Sequence[str]) -> str:
+    """The published multiple-choice prompt; ``options`` as printed."""
+    return "\nQuestion: {}\nOptions: \n{}\n{}".format(question, "\n".join(options), MC_TAIL)
+
+
+def mmmu_text(question: str, options: Sequence[str]) -> str:
+    """MMMU's prompt, its blanks included; without options the closing words of a phrase."""
+    if not options:
+        return f"\n{question}\n\n        {CLOSE_TAIL}"
+    lines = "".join(f"({letter}) {text}\n" for letter, text in zip(LETTERS, options, strict=False))
+    return f"\n{question}\n\n{lines}\n\n        {MC_TAIL}"
+
+
+def lettered(choices: Sequence[str], form: str) -> tuple[str, ...]:
+    """Options as printed: ``form`` is "{}. {}" or "{}.{}", the publisher's own."""
+    return tuple(form.format(letter, text) for letter, text in zip(LETTERS, choices, strict=False))
+
+
+def image_texts(item: Item) -> tuple[str, ...]:
+    """MedEvalKit's texts before the images when an item has a list of them."""
+    count = len(item.images)
+    return tuple(f"<image_{number}>: " for number in range(1, count + 1)) if count > 1 else ()
+
+
+def convert_boxes(question: str, geometry: Geometry, coords: Coords) -> str:
+    """A question whose boxes in source pixels are rewritten in the model's convention."""
+
+    def rewrite(found: re.Match[str]) -> str:
+        values = [float(value) for value in found.groups() if value is not None]
+        row = ", ".join(map(str, to_model(values, geometry, coords)))
+        return f"<box>[[{row}]]</box>"
+
+    return _QUESTION_BOX.sub(rewrite, question)
