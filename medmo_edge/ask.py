@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from medmo_edge.errors import MedmoError, UsageError
-from medmo_edge.images import Frame, read_image
+from medmo_edge.images import Frame, parse_window, read_image
 from medmo_edge.overlay import check_overlay_path, draw_overlay, save_overlay
 from medmo_edge.runtime.generate import GenerationOptions
 from medmo_edge.runtime.session import Answer, Study, load
@@ -51,22 +51,6 @@ def run_ask(
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2))
     else:
         click.echo(_summary(answer, frames, overlay))
-
-
-def parse_window(text: str | None) -> str | int | tuple[float, float] | None:
-    """``--window``: ``CENTER,WIDTH`` in modality units, the number of a stored window, or a preset.
-
-    Errors: UsageError when a pair does not hold two numbers.
-    """
-    if text is None:
-        return None
-    if "," in text:
-        try:
-            center, width = (float(part) for part in text.split(","))
-        except ValueError as error:
-            raise UsageError(f"--window {text}: expected CENTER,WIDTH, e.g. -600,1500") from error
-        return center, width
-    return int(text) if text.isdecimal() else text
 
 
 def _ask(study: Study, question: str, options: GenerationOptions, *, stream: bool) -> Answer:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medmo_edge.errors import ImageError
+from medmo_edge.errors import ImageError, UsageError
 from medmo_edge.image_budgets import MAX_FILE_BYTES, check_pixels
 
 SNIFF_BYTES = 144
@@ -113,6 +113,22 @@ def read_image(path: str | os.PathLike[str], frame: int = 0, window: WindowReque
     except ImageError as error:
         # Parts of a damaged file may be in the message: it stays one readable line all the same.
         raise ImageError(_printable(f"{name}: {error}")) from error.__cause__
+
+
+def parse_window(text: str | None) -> WindowRequest:
+    """A window as people write it: ``CENTER,WIDTH``, the number of a stored window, or a name.
+
+    Errors: UsageError when a pair does not hold two numbers.
+    """
+    if text is None:
+        return None
+    if "," in text:
+        try:
+            center, width = (float(part) for part in text.split(","))
+        except ValueError as error:
+            raise UsageError(f"--window {text}: expected CENTER,WIDTH, e.g. -600,1500") from error
+        return center, width
+    return int(text) if text.isdecimal() and len(text) < 10 else text
 
 
 def replace_path(frame: Frame, path: str) -> Frame:
