@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.boxes import Box
-from medmo_edge.evaluation.cases import Case, open_cases
 from medmo_edge.evaluation.gaps import Gap, first_difference, gap, margins, patch_difference
 from medmo_edge.evaluation.reference import Reference, Trace
 from medmo_edge.evaluation.truth import Score, score
+from medmo_edge.evaluation.verify_cases import Case, open_cases
 from medmo_edge.runtime.observe import Observer, Seen
 from medmo_edge.samples import Sample
 

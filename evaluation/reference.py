@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medmo_edge.boxes import Box, Geometry, parse_boxes
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import UsageError
-from medmo_edge.evaluation.cases import Case
+from medmo_edge.evaluation.verify_cases import Case
 
 Array = NDArray[np.float32]
 #: (case, tokens that the answer begins with) -> a guess how it goes on, those tokens included
