@@ -19,7 +19,7 @@ from medmo_edge import __version__
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = ("train", "export", "ask", "doctor", "demo")
+_IN_ORDER = ("samples", "train", "export", "ask", "doctor", "demo")
 
 
 class _RoadGroup(click.Group):
@@ -37,6 +37,29 @@ def cli(debug: bool) -> None:
 
     Research use only. Not a medical device.
     """
+
+
+@cli.command()
+@click.argument("format_name", metavar="FORMAT")
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New file.")
+@click.option("--split", help="The publisher's split to read, e.g. train, val, test.")
+@click.option("--fractions", help="Split by picture and patient, e.g. train=0.9,val=0.1.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--per-image", is_flag=True, help="One question for all labels of a picture.")
+@click.option("--absent", is_flag=True, help="Also ask for labels that a picture does not show.")
+@click.option("--retrieval", type=int, default=0, help="Add questions among this many candidates.")
+@click.option("--skip-broken", is_flag=True, help="Leave out what cannot be read, and list it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def samples(**options: Any) -> None:
+    """Convert a data set SRC to labelled samples (JSONL).
+
+    FORMAT is voc, coco, yolo, nih, deeplesion, vqa-rad, slake, path-vqa, pmc-vqa, medtrinity,
+    medsg, iu-xray or folder (pictures with texts of the same name).
+    """
+    from medmo_edge.evaluation.samples_command import run_samples
+
+    run_samples(**options)
 
 
 @cli.command()
@@ -90,6 +113,16 @@ def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_
 @click.option(
     "--overlay", type=click.Path(path_type=Path), help="Write a PNG with the boxes drawn."
 )
+@click.option("--sr", type=click.Path(path_type=Path), help="Write a DICOM Structured Report.")
+@click.option(
+    "--gsps", type=click.Path(path_type=Path), help="Write a DICOM presentation state (boxes)."
+)
+@click.option(
+    "--sc", type=click.Path(path_type=Path), help="Write a DICOM capture with boxes burned in."
+)
+@click.option("--fhir", type=click.Path(path_type=Path), help="Write a FHIR R4 Bundle (JSON).")
+@click.option("--plain-sr", is_flag=True, help="--sr as Comprehensive SR, for older archives.")
+@click.option("--uid-root", default="2.25", show_default=True, help="Root of new DICOM UIDs.")
 @click.option(
     "--frame", type=int, default=0, show_default=True, help="Frame of a multi-frame file."
 )
@@ -103,7 +136,7 @@ def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds.")
 @click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing overlay.")
+@click.option("--overwrite", is_flag=True, help="Replace existing overlay and result files.")
 def ask(**options: Any) -> None:
     """Ask ARTIFACT a QUESTION about one or more images.
 

@@ -8,6 +8,21 @@ StageProgress = Callable[[str, int, int], None]
 
 
 @contextmanager
+def counter(what: str) -> Iterator[Callable[[int], None]]:
+    """Give a callback (number done) for work whose end is not known."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.completed} " + what), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done: bars.update(task, completed=done)
+
+
+@contextmanager
 def stage_bars() -> Iterator[StageProgress]:
     """Give a callback (stage name, bytes done, bytes in all) that draws one bar per stage."""
     if not sys.stderr.isatty():
