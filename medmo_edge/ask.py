@@ -10,6 +10,12 @@ from medmo_edge.errors import MedmoError, UsageError
 from medmo_edge.images import Frame, parse_window, read_image
 from medmo_edge.overlay import check_overlay_path, draw_overlay, save_overlay
 from medmo_edge.runtime.generate import GenerationOptions
+from medmo_edge.runtime.results import (
+    ResultOptions,
+    check_result_path,
+    check_sources,
+    write_results,
+)
 from medmo_edge.runtime.session import Answer, Study, load
 
 
@@ -20,6 +26,12 @@ def run_ask(
     question: str,
     as_json: bool,
     overlay: Path | None,
+    sr: Path | None,
+    gsps: Path | None,
+    sc: Path | None,
+    fhir: Path | None,
+    plain_sr: bool,
+    uid_root: str,
     overwrite: bool,
     frame: int,
     window: str | None,
@@ -35,7 +47,12 @@ def run_ask(
         check_overlay_path(overlay, overwrite=overwrite)
         if len(images) > 1:
             raise UsageError("--overlay draws one image: ask about one image at a time")
+    asked = {"sr": sr, "gsps": gsps, "sc": sc, "fhir": fhir}
+    results = {kind: path for kind, path in asked.items() if path is not None}
+    result_options = ResultOptions(uid_root=uid_root, plain_sr=plain_sr, question=question)
+    _check_results(results, overlay, overwrite=overwrite)
     frames = [read_image(path, frame, parse_window(window)) for path in images]
+    check_sources(frames, tuple(results))
     options = GenerationOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -47,10 +64,23 @@ def run_ask(
         answer = _ask(study, question, options, stream=not as_json and sys.stdout.isatty())
     if overlay is not None:
         save_overlay(draw_overlay(frames[0], answer.boxes), overlay, overwrite=overwrite)
+    write_results(results, frames, answer, result_options, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2))
     else:
         click.echo(_summary(answer, frames, overlay))
+        for kind, path in results.items():
+            click.echo(f"{kind}: {path}")
+
+
+def _check_results(results: dict[str, Path], overlay: Path | None, *, overwrite: bool) -> None:
+    """Refuse what cannot be written before a model runs for a minute."""
+    for path in results.values():
+        check_result_path(path, overwrite=overwrite)
+    places = [path.absolute() for path in (*results.values(), overlay) if path is not None]
+    for path in places:
+        if places.count(path) > 1:
+            raise UsageError(f"{path} is named for two results: give each its own file")
 
 
 def _ask(study: Study, question: str, options: GenerationOptions, *, stream: bool) -> Answer:

@@ -9,7 +9,8 @@ import io
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,14 @@ __all__ = [
     "KINDS",
     "ResultOptions",
     "check_result_path",
+    "check_sources",
     "make_fhir",
     "make_gsps",
     "make_sc",
     "make_sr",
     "write_fhir",
     "write_gsps",
+    "write_results",
     "write_sc",
     "write_sr",
 ]
@@ -156,6 +159,35 @@ def check_result_path(path: str | os.PathLike[str], *, overwrite: bool) -> None:
         raise ResultError(f"{place} exists already: choose another name or add --overwrite")
     if not place.absolute().parent.is_dir():
         raise ResultError(f"{place}: its folder does not exist")
+
+
+def check_sources(frames: Sequence[Frame], kinds: Sequence[str]) -> None:
+    """Refuse early what ``make_*`` of ``kinds`` would refuse of ``frames``. Errors: ResultError."""
+    if any(kind != "fhir" for kind in kinds):
+        check_dicom_extra()
+    for kind in kinds:
+        read_references(frames, f"--{kind}")
+        if kind == "sc" and len(frames) > 1:
+            raise ResultError("--sc captures one image: ask about one image at a time")
+
+
+def write_results(
+    places: Mapping[str, Path],
+    frames: Sequence[Frame],
+    answer: Answer,
+    options: ResultOptions,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write several kinds (keys of KINDS) of one answer: all are made before any is written.
+
+    They share one seed, so that a finding has the same tracking UID in each. Errors: ResultError.
+    """
+    options = replace(options, seed=options.seed or secrets.token_hex(16))
+    made = {kind: KINDS[kind](frames, answer, options) for kind in places}
+    for kind, content in made.items():
+        check_result_path(places[kind], overwrite=overwrite)
+        store(places[kind], content, overwrite=overwrite)
 
 
 def check_dicom_extra() -> None:

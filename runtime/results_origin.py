@@ -69,7 +69,8 @@ class Origin:
     @property
     def name(self) -> str:
         """Algorithm name with the checkpoint's, e.g. "MedMO Edge / nano"."""
-        checkpoint = self.answer.provenance.checkpoint
+        origin = self.answer.provenance
+        checkpoint = "fake" if origin.target == "fake" else origin.checkpoint
         return f"{MANUFACTURER} / {checkpoint}" if checkpoint else MANUFACTURER
 
     @property
