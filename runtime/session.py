@@ -35,6 +35,7 @@ from medmo_edge.runtime.generate import (
 from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
 from medmo_edge.runtime.sampling import Choice, Sampler
 from medmo_edge.runtime.streams import Stream
+from medmo_edge.tokenizer import Tokenizer
 
 __all__ = ["Answer", "GenerationOptions", "Session", "Stream", "Study", "load"]
 
@@ -226,6 +227,11 @@ class Session:
     def backend(self) -> Backend:
         """What computes the answers; its ``name`` and ``device`` are for reports."""
         return self._backend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._chat.tokenizer
 
     def study(self, images: Frame | Sequence[Frame], *, image_texts: Sequence[str] = ()) -> Study:
         """Images to ask several questions about, in the order the prompt shows them; may be none.
