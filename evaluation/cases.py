@@ -7,22 +7,26 @@ loaded here, one at a time. Which benchmark uses which words is in the table of 
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from medmo_edge.boxes import Box, Coords, Geometry, to_model
-from medmo_edge.evaluation.items import LETTERS, Embedded, Item
+from medmo_edge.evaluation.items import LETTERS, Embedded, Item, per_label
 from medmo_edge.images import Frame, read_image, replace_path
-from medmo_edge.phantoms import draw
+from medmo_edge.phantoms import Phantom, draw
 
 MC_TAIL = "Answer with the option's letter from the given choices directly."
 JUDGE_TAIL = "Please output 'yes' or 'no'(no extra output)."
 CLOSE_TAIL = "Answer the question using a single word or phrase."
 OPEN_TAIL = "Please answer the question concisely."
-CLOSE_TAIL_ZH = "\u8bf7\u7528\u4e00\u4e2a\u5355\u8bcd\u6216\u8005\u77ed\u8bed\u56de\u7b54\u8be5\u95ee\u9898\u3002"
+CLOSE_TAIL_ZH = (
+    "\u8bf7\u7528\u4e00\u4e2a\u5355\u8bcd\u6216\u8005"
+    "\u77ed\u8bed\u56de\u7b54\u8be5\u95ee\u9898\u3002"
+)
 OPEN_TAIL_ZH = "\u8bf7\u7b80\u8981\u56de\u7b54\u8be5\u95ee\u9898\u3002"
 REPORT = (
     "You are a helpful assistant. Please generate a report for the given images, including both "
@@ -32,6 +36,8 @@ REPORT = (
 REPORT_INDENTED = f"\n        {REPORT}\n        "  # MIMIC-CXR alone, as published
 # The published suffix for models that answer <box>[[...]]</box>, spelling included.
 MEDSG_TAIL = "Format:<box>[[x1,y1,x2,y2]]</box>. Don't generate addtional words."
+
+SHORT_ANSWER, PHRASE, LONG, BOX = 32, 128, 512, 512  # new tokens
 
 _QUESTION_BOX = re.compile(
     r"(?:<\|box_start\|>)?\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)"
@@ -95,15 +101,21 @@ def load_frame(picture: Shown) -> Frame:
     if isinstance(picture, Path):
         return read_image(picture)
     if isinstance(picture, Drawn):
-        return Frame.from_pixels(draw(picture.seed, size=picture.size).pixels, path=picture.name)
+        return Frame.from_pixels(drawn(picture).pixels, path=picture.name)
     if isinstance(picture, Crop):
         x1, y1, x2, y2 = picture.window
         pixels = read_image(picture.path).pixels[y1:y2, x1:x2]
         return Frame.from_pixels(np.ascontiguousarray(pixels), path=picture.name)
-    with tempfile.NamedTemporaryFile(suffix=Path(picture.name).suffix) as file:
-        file.write(picture.data)
-        file.flush()
-        return replace_path(read_image(file.name), picture.name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"picture{Path(picture.name).suffix}"
+        path.write_bytes(picture.data)
+        return replace_path(read_image(path), picture.name)
+
+
+@lru_cache(maxsize=256)
+def drawn(picture: Drawn) -> Phantom:
+    """The phantom itself; drawing one takes a fifth of a second."""
+    return draw(picture.seed, size=picture.size)
 
 
 def choice_text(question: str, options: Sequence[str]) -> str:
@@ -139,3 +151,84 @@ def convert_boxes(question: str, geometry: Geometry, coords: Coords) -> str:
         return f"<box>[[{row}]]</box>"
 
     return _QUESTION_BOX.sub(rewrite, question)
+
+
+def _case(item: Item, question: str, rule: str, tokens: int, **more: object) -> Case:
+    return replace(
+        Case(
+            id=item.id,
+            sample=item.id,
+            question=question,
+            rule=rule,
+            images=item.images,
+            image_texts=image_texts(item),
+            max_new_tokens=tokens,
+            gold=item.answer or "",
+        ),
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def ask_choice(item: Item, form: str = "{}. {}") -> Iterator[Case]:
+    """Multiple choice; ``form`` prints an option. A context stands before the question."""
+    options = lettered(item.choices, form)
+    text = choice_text(item.question, options)
+    if item.meta.get("context"):
+        text = f"Context: {item.meta['context']}\n{text}"
+    yield _case(item, text, "choice", SHORT_ANSWER, options=options)
+
+
+def ask_mmmu(item: Item) -> Iterator[Case]:
+    """MMMU's multiple choice or, without options, its open question."""
+    text = mmmu_text(item.question, item.choices)
+    rule = "mmmu_choice" if item.choices else "mmmu_open"
+    golds = tuple(item.meta["golds"])
+    yield _case(item, text, rule, SHORT_ANSWER, options=item.choices, golds=golds)
+
+
+def ask_vqa(item: Item) -> Iterator[Case]:
+    """Yes or no where that is the gold answer, else a concise answer."""
+    closed = (item.answer or "").strip().lower() in ("yes", "no")
+    tail = JUDGE_TAIL if closed else OPEN_TAIL
+    kind = {"answer type": "closed" if closed else "open"}
+    rule, tokens = ("yes_no", SHORT_ANSWER) if closed else ("open", PHRASE)
+    yield _case(item, f"{item.question}\n{tail}", rule, tokens, groups=kind)
+
+
+def ask_slake(item: Item) -> Iterator[Case]:
+    """A phrase for closed questions, a concise answer for open ones, in the item's language."""
+    closed = item.meta.get("answer_type") != "OPEN"
+    chinese = item.meta.get("language") == "zh"
+    tails = (OPEN_TAIL_ZH, CLOSE_TAIL_ZH)
+    tail = (tails if chinese else (OPEN_TAIL, CLOSE_TAIL))[closed]
+    gold = (item.answer or "").lower()
+    rule = ("yes_no" if gold in ("yes", "no") else "phrase") if closed else "open"
+    kind = {"answer type": "closed" if closed else "open"}
+    yield _case(item, f"{item.question}\n{tail}", rule, PHRASE, groups=kind)
+
+
+def ask_report(item: Item, prompt: str = REPORT) -> Iterator[Case]:
+    """Both halves of a report, against the published reference string."""
+    halves = [str(item.meta.get(key) or "") for key in ("findings", "impression")]
+    gold = f"Findings: {halves[0]} Impression: {halves[1]}." if any(halves) else item.target or ""
+    yield _case(item, prompt, "report", LONG, gold=gold)
+
+
+def ask_caption(item: Item) -> Iterator[Case]:
+    """The item's own question, scored as a text."""
+    yield _case(item, item.question, "report", LONG, gold=item.target or "")
+
+
+def ask_locate(item: Item) -> Iterator[Case]:
+    """One question per label that the picture shows."""
+    for part in per_label(item):
+        kind = {"label": part.boxes[0].label} if part.boxes else {}
+        yield _case(
+            part, part.question, "boxes", BOX, boxes=part.boxes, sample=item.id, groups=kind
+        )
+
+
+def ask_medsg(item: Item) -> Iterator[Case]:
+    """MedSG-Bench: one box over several images, the first box counts."""
+    text = f"{item.question} {MEDSG_TAIL}"
+    yield _case(item, text, "first_box", PHRASE, boxes=item.boxes)
