@@ -100,7 +100,8 @@ class Layout:
 
     def is_image(self, prompt: int) -> NDArray[np.bool_]:
         """[L]: which tokens of a prompt stand for an image."""
-        return np.asarray(self.prompts[prompt].ids) == self.checkpoint.config.image_token_id
+        ids = np.asarray(self.prompts[prompt].ids, np.int64)
+        return np.equal(ids, self.checkpoint.config.image_token_id)
 
     def rope_positions(self, prompt: int) -> NDArray[np.int64]:
         """M-RoPE positions [3, L] of a prompt."""

@@ -9,7 +9,7 @@ caller that remembers how many stages are done can go on from there.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +54,8 @@ _HEAD_BYTES = 256 << 20  # rows of the head that are multiplied at a time
 OnLinear = Callable[[tuple[str, ...], "Tensor", int], None]
 #: (name of the layer, number of the prompt, its output [rows, hidden] in float32)
 OnLayer = Callable[[str, int, NDArray[np.float32]], None]
+#: (name of the layer, its tensors under their names within the layer)
+OnWeights = Callable[[str, "Mapping[str, Tensor]"], None]
 #: (what is running, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
@@ -143,6 +145,7 @@ class Pass:
     dtype: str = "float32"
     on_linear: OnLinear | None = None
     on_layer: OnLayer | None = None
+    on_weights: OnWeights | None = None
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -184,6 +187,8 @@ class Pass:
         done = sum(stage.items for stage in self.plan[:first])
         for number, stage in enumerate(self.plan[first:], start=first):
             weights = self._weights(stage)
+            if self.on_weights:
+                self.on_weights(stage.name, weights)
             for item in range(stage.items):
                 with torch.no_grad():
                     self._run(number, item, weights)

@@ -15,9 +15,11 @@ from typing import Any
 
 from medmo_edge import __version__
 from medmo_edge.calibration.imatrix import Imatrix, read_imatrix
+from medmo_edge.calibration.record import Record, read_record
 from medmo_edge.checkpoint import Checkpoint, VisionConfig, open_checkpoint
 from medmo_edge.errors import ExportError, UsageError
 from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, write_files
+from medmo_edge.export.gguf_importance import importance_of
 from medmo_edge.export.licence import stated_licence
 from medmo_edge.export.onnx_files import ROLES as ONNX_ROLES
 from medmo_edge.export.onnx_files import find_recipe, plan_onnx, write_onnx
@@ -59,23 +61,26 @@ def export_checkpoint(
     output: str | Path,
     *,
     imatrix: Path | None = None,
+    calibration: Path | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export a checkpoint folder, or ``"nano"``, to the artifact folder ``output``.
 
-    ``imatrix`` is an importance matrix file for targets that take one. ``progress`` receives
-    (stage, bytes done, bytes in all). Errors: UsageError, CheckpointError, CalibrationError,
-    ExportError; on any of them, and on Ctrl-C, nothing is left at or beside ``output``.
+    ``imatrix`` is an importance matrix file for targets that take one, ``calibration`` a
+    calibration record. ``progress`` receives (stage, bytes done, bytes in all). Errors: UsageError,
+    CheckpointError, CalibrationError, ExportError; on any of them, and on Ctrl-C, nothing is left
+    at or beside ``output``.
     """
     row = find_target(target)
-    if imatrix and not row.takes_imatrix:
-        raise UsageError(f"{row.name} is not changed by an importance matrix: leave --imatrix out")
+    _check_calibration(row, imatrix, calibration)
     report = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     matrix = read_imatrix(imatrix) if imatrix else None
+    record = read_record(calibration) if calibration else None
     with open_checkpoint(checkpoint) as opened, new_artifact(Path(output)) as staging:
         if row.format == "gguf":
-            job = _gguf_job(opened, row, staging, matrix, str(imatrix or ""))
+            matrix = importance_of(record, opened) if record else matrix
+            job = _gguf_job(opened, row, staging, matrix, str(imatrix or calibration or ""))
         else:
             job = _onnx_job(opened, row, staging)
         facts = _model_facts(opened)
@@ -93,7 +98,7 @@ def export_checkpoint(
             files=_record_files(staging, {**job.roles, **_SHARED_ROLES}, report),
             weights=weights,
             checkpoint=identity,
-            calibration=_calibration_record(imatrix, matrix),
+            calibration=_calibration_record(imatrix, matrix, record),
             exporter=_exporter(row, time.monotonic() - started),
             certificate=None,
             licence=stated_licence(opened.path),
@@ -194,7 +199,20 @@ def _record_files(
     return {name: record_file(staging / name, role, count) for name, role in roles.items()}
 
 
-def _calibration_record(path: Path | None, imatrix: Imatrix | None) -> dict[str, Any] | None:
+def _check_calibration(row: Target, imatrix: Path | None, calibration: Path | None) -> None:
+    if imatrix and calibration:
+        raise UsageError("--calibration already says what --imatrix would: give one of them")
+    if imatrix and not row.takes_imatrix:
+        raise UsageError(f"{row.name} is not changed by an importance matrix: leave --imatrix out")
+    if calibration and not row.takes_imatrix:
+        raise UsageError(f"{row.name} is not changed by calibration: leave --calibration out")
+
+
+def _calibration_record(
+    path: Path | None, imatrix: Imatrix | None, record: Record | None
+) -> dict[str, Any] | None:
+    if record:
+        return record.summary()
     if path is None or imatrix is None:
         return None
     return {

@@ -19,7 +19,7 @@ from medmo_edge import __version__
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = ("samples", "train", "export", "ask", "doctor", "demo")
+_IN_ORDER = ("samples", "train", "calibrate", "export", "ask", "doctor", "demo")
 
 
 class _RoadGroup(click.Group):
@@ -80,6 +80,39 @@ def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
 
 @cli.command()
 @click.argument("checkpoint")
+@click.option(
+    "--samples", type=click.Path(path_type=Path), required=True, help="Labelled samples (JSONL)."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--limit", type=click.IntRange(1), help="Draw this many samples by --seed.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--text-only", is_flag=True, help="Drop the images; leave the vision tower out.")
+@click.option("--device", default="auto", show_default=True, help="cpu, or cuda with a GPU.")
+@click.option("--dtype", default="auto", show_default=True, help="float32 or bfloat16.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def calibrate(checkpoint: str, output: Path, as_json: bool, **options: Any) -> None:
+    """Observe CHECKPOINT over samples, for every quantiser.
+
+    Writes a calibration record for export --calibration. Holds one layer's weights at a time. After
+    Ctrl-C, the same command goes on where it stopped.
+    """
+    from medmo_edge.calibration.observe import calibrate as observe
+    from medmo_edge.progress import step_bar
+
+    with step_bar() as progress:
+        record = observe(checkpoint, output=output, progress=progress, **options)
+    if as_json:
+        _print_json({"path": str(output), **record.summary()})
+        return
+    seen = record.samples
+    click.echo(
+        f"calibration record: {output}  {len(record.linears)} linears  {seen['count']} samples  "
+        f"{seen['tokens_text']} text and {seen['tokens_image']} image tokens"
+    )
+
+
+@cli.command()
+@click.argument("checkpoint")
 @click.option("--target", required=True, help="Format and precision, e.g. gguf-q8_0.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
 @click.option(
@@ -87,8 +120,11 @@ def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
     type=click.Path(path_type=Path),
     help="Importance matrix (llama.cpp GGUF form) for the quantiser.",
 )
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="Calibration record (see calibrate)."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_json: bool) -> None:
+def export(checkpoint: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
     """Export CHECKPOINT to an artifact.
 
     CHECKPOINT is a Hugging Face folder, or nano, the packaged demonstrator.
@@ -97,7 +133,7 @@ def export(checkpoint: str, target: str, output: Path, imatrix: Path | None, as_
     from medmo_edge.progress import stage_bars
 
     with stage_bars() as progress:
-        manifest = export_checkpoint(checkpoint, target, output, imatrix=imatrix, progress=progress)
+        manifest = export_checkpoint(checkpoint, target, output, progress=progress, **options)
     if as_json:
         _print_json(manifest.to_dict())
         return

@@ -55,3 +55,36 @@ def stage_bars() -> Iterator[StageProgress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def step_bar() -> Iterator[StageProgress]:
+    """Give a callback (what is running, steps done, steps in all) that draws one bar per total."""
+    if not sys.stderr.isatty():
+        yield lambda stage, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[int, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if total not in tasks:
+                tasks[total] = bars.add_task(stage, total=total)
+            bars.update(tasks[total], completed=done, description=stage)
+
+        yield update

@@ -29,6 +29,10 @@ PROMPTS: tuple[tuple[Size, ...], ...] = (
 CLOSE = 5e-5
 
 
+def grid_of(checkpoint: Checkpoint, pixels: NDArray[np.uint8]) -> tuple[int, int, int]:
+    return grid_thw(pixels.shape[0], pixels.shape[1], checkpoint.preprocessing)
+
+
 def make_prompt(checkpoint: Checkpoint, sizes: Sequence[Size], seed: int) -> Prompt:
     """Random pictures between random tokens; logits wanted everywhere."""
     random = np.random.default_rng(seed)
@@ -36,7 +40,7 @@ def make_prompt(checkpoint: Checkpoint, sizes: Sequence[Size], seed: int) -> Pro
     ids, images = random.integers(5, 400, 4).tolist(), []
     for height, width in sizes:
         images.append(resize(random.integers(0, 256, (height, width, 3), np.uint8), limits))
-        tokens = num_vision_tokens(grid_thw(*images[-1].shape[:2], limits), limits)
+        tokens = num_vision_tokens(grid_of(checkpoint, images[-1]), limits)
         ids += [config.vision_start_token_id, *[config.image_token_id] * tokens]
         ids += [config.vision_end_token_id, *random.integers(5, 400, 2).tolist()]
     ids += random.integers(5, 400, 7).tolist()
@@ -59,7 +63,7 @@ def pictures(checkpoint: Checkpoint, prompt: Prompt) -> dict[str, Any]:
     if not prompt.images:
         return {}
     patches = np.concatenate([patchify(pixels, limits) for pixels in prompt.images])
-    grids = [grid_thw(*pixels.shape[:2], limits) for pixels in prompt.images]
+    grids = [grid_of(checkpoint, pixels) for pixels in prompt.images]
     return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.tensor(grids)}
 
 
