@@ -180,14 +180,15 @@ def finding_code(label: str) -> Any:
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
-    words = [word for word in label.replace("-", " ").split() if word.isalnum()]
-    keyword = "".join(word[0].upper() + word[1:].lower() for word in words)
+    words = label.replace("-", " ").lower().split()
+    words = words[1:] if words[:1] in (["the"], ["a"], ["an"]) else words
+    keyword = "".join(word.capitalize() for word in words)
     try:
         code = getattr(codes.SCT, keyword) if keyword else None
     except (AttributeError, RuntimeError):  # unknown, or several concepts of one name
         code = None
     meaning = limited(label, _MAX_MEANING) or "finding"
-    if code is not None and code.meaning.lower() == meaning.lower().replace("-", " "):
+    if code is not None and code.meaning.lower().replace("-", " ").split() == words:
         return code
     value = meaning
     if len(meaning) > _MAX_CODE_VALUE:

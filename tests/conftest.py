@@ -7,6 +7,7 @@ anything, never what they say.
 
 import json
 import os
+import runpy
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ settings.register_profile("search", _PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 MakeCheckpoint = Callable[..., Path]
+MakeSource = Callable[..., Path]
 
 # What does not depend on the factory's arguments; added_tokens.json says which are special.
 TINY = Path(__file__).with_name("tiny")
@@ -69,26 +71,48 @@ def tiny_untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny_checkpoint`` exported to gguf-f16. Do not write into it."""
-    return _export(tiny_checkpoint, tmp_path_factory)
+def tiny_artifacts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``tiny_artifacts(target, checkpoint="tiny_checkpoint")``: exported once. Do not write there.
 
-
-@pytest.fixture(scope="session")
-def tiny_untied_artifact(
-    tiny_untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """``tiny_untied_checkpoint`` exported to gguf-f16. Do not write into it."""
-    return _export(tiny_untied_checkpoint, tmp_path_factory)
-
-
-def _export(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    ``checkpoint`` names a fixture of this file.
+    """
     pytest.importorskip("gguf", reason="exporting needs the export extra")
     from medmo_edge.export.export import export_checkpoint
 
-    artifact = tmp_path_factory.mktemp("artifacts") / checkpoint.name
-    export_checkpoint(checkpoint, "gguf-f16", artifact)
+    made: dict[tuple[str, str], Path] = {}
+
+    def artifact(target: str, checkpoint: str = "tiny_checkpoint") -> Path:
+        if (target, checkpoint) not in made:
+            folder = tmp_path_factory.mktemp("artifacts") / target
+            export_checkpoint(request.getfixturevalue(checkpoint), target, folder)
+            made[target, checkpoint] = folder
+        return made[target, checkpoint]
+
     return artifact
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_artifacts: Callable[..., Path]) -> Path:
+    """``tiny_checkpoint`` exported to gguf-f16. Do not write into it."""
+    return tiny_artifacts("gguf-f16")
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_artifact(tiny_artifacts: Callable[..., Path]) -> Path:
+    """``tiny_untied_checkpoint`` exported to gguf-f16. Do not write into it."""
+    return tiny_artifacts("gguf-f16", "tiny_untied_checkpoint")
+
+
+@pytest.fixture(scope="session")
+def write_source() -> MakeSource:
+    """``write_source(kind, path, **elements) -> path``: see dicom_sources.py for the kinds."""
+    pytest.importorskip("pydicom")
+    make: MakeSource = runpy.run_path(str(Path(__file__).with_name("dicom_sources.py")))[
+        "write_source"
+    ]
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,393 @@
+"""Results against independent readers: dciodvfy, dsrdump, dcmp2pgm, highdicom and pydicom."""
+
+import io
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medmo_edge.errors import ResultError, UsageError
+from medmo_edge.images import Frame, read_image
+from medmo_edge.runtime.answers import Answer
+from medmo_edge.runtime.results import (
+    ResultOptions,
+    make_gsps,
+    make_sc,
+    make_sr,
+    write_results,
+    write_sr,
+)
+from medmo_edge.runtime.session import load
+
+hd = pytest.importorskip("highdicom", reason="DICOM results need the dicom extra")
+pydicom = pytest.importorskip("pydicom")
+
+WriteSource = Callable[..., Path]
+KINDS = ("cr", "dx", "dx1", "ct", "mr", "us", "palette", "us-frames", "mr-frames")
+TWO_BOXES = (
+    "The nodule <box>[[100, 200, 300, 400]]</box> lies above an odd looking long shadow "
+    "<box>[[500, 500, 700, 900]]</box>."
+)
+GREY_WITH_NAME = ("cr", "dx", "dx1", "ct", "mr", "mr-frames")
+
+
+@pytest.fixture(autouse=True)
+def _decode_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process per frame would be most of the time; test_core_dicom_child.py has them."""
+    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
+
+
+def _needs(tool: str) -> str:
+    found = shutil.which(tool)
+    if found is None:
+        pytest.skip(f"{tool} is not installed")
+    return found
+
+
+def _ask(frames: list[Frame], text: str = TWO_BOXES) -> Answer:
+    with load(f"fake:{text}") as session:
+        return session.ask(frames, "Locate the nodule.")
+
+
+def _read(content: bytes) -> Any:
+    return pydicom.dcmread(io.BytesIO(content))
+
+
+def _errors(content: bytes, path: Path) -> list[str]:
+    path.write_bytes(content)
+    run = subprocess.run([_needs("dciodvfy"), "-new", path], capture_output=True, text=True)
+    return [line for line in run.stderr.splitlines() if line.startswith("Error")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dciodvfy_finds_no_error(kind: str, write_source: WriteSource, tmp_path: Path) -> None:
+    frame = read_image(write_source(kind, tmp_path / "source.dcm"))
+    answer = _ask([frame])
+    plain = ResultOptions(plain_sr=True)
+    for make, options in ((make_sr, None), (make_sr, plain), (make_gsps, None), (make_sc, None)):
+        assert _errors(make([frame], answer, options), tmp_path / "result.dcm") == []
+
+
+@pytest.mark.parametrize("text", ["", "No nodule is seen.\nLungs clear.", TWO_BOXES])
+@pytest.mark.parametrize("kind", ["dx", "us-frames"])
+def test_answers_with_and_without_boxes(
+    text: str, kind: str, write_source: WriteSource, tmp_path: Path
+) -> None:
+    frame = read_image(write_source(kind, tmp_path / "source.dcm"))
+    answer = _ask([frame], text)
+    for make in (make_sr, make_gsps, make_sc):
+        assert _errors(make([frame], answer), tmp_path / "result.dcm") == []
+    report = _read(make_sr([frame], answer))
+    comments = [
+        str(item.TextValue)
+        for item in _items(report)
+        if item.ValueType == "TEXT" and item.ConceptNameCodeSequence[0].CodeValue == "121106"
+    ]
+    assert comments[0] == (text or "(no text)")
+    assert comments[1].startswith("RESEARCH USE ONLY")
+    regions = [item for item in _items(report) if item.ValueType == "SCOORD"]
+    assert len(regions) == len(answer.boxes)
+
+
+def _items(item: Any) -> list[Any]:
+    found = []
+    for child in item.get("ContentSequence", ()):
+        found += [child, *_items(child)]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["ct", "us-frames"])
+def test_dsrdump_and_highdicom_read_the_report_back(
+    kind: str, write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = write_source(kind, tmp_path / "source.dcm")
+    number = 3 if kind == "us-frames" else None
+    frame = read_image(path, frame=2 if number else 0)
+    answer = _ask([frame])
+    file = tmp_path / "report.dcm"
+    write_sr(file, [frame], answer)
+    dump = subprocess.run([_needs("dsrdump"), "+Pl", file], capture_output=True, text=True)
+    assert dump.returncode == 0 and "Comprehensive 3D SR Document" in dump.stdout
+    assert '(27925004,SCT,"Nodule")' in dump.stdout
+    assert "Unverified" in dump.stdout and "Preliminary" in dump.stdout
+    groups = hd.sr.srread(file).content.get_planar_roi_measurement_groups()
+    assert len(groups) == 2
+    source = pydicom.dcmread(path, stop_before_pixels=True)
+    for group, box in zip(groups, answer.boxes, strict=True):
+        x1, y1, x2, y2 = box.xyxy
+        expected = [[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]
+        assert np.allclose(group.roi.value, expected, rtol=1e-6)
+        (reference,) = group.roi.ContentSequence[0].ReferencedSOPSequence
+        assert reference.ReferencedSOPInstanceUID == source.SOPInstanceUID
+        assert reference.ReferencedSOPClassUID == source.SOPClassUID
+        assert reference.get("ReferencedFrameNumber") == number
+    assert np.allclose(groups[0].roi.value[0], [source.Columns * 0.1, source.Rows * 0.2])
+
+
+def test_the_report_says_who_made_it_and_of_whom(write_source: WriteSource, tmp_path: Path) -> None:
+    path = write_source(
+        "ct",
+        tmp_path / "source.dcm",
+        PatientID="A-1",
+        AccessionNumber="ACC",
+        StudyDescription="Thorax",
+        IssuerOfPatientID="HOSPITAL",
+    )
+    frame = read_image(path)
+    report = _read(make_sr([frame], _ask([frame]), ResultOptions(question="Where is it?")))
+    source = pydicom.dcmread(path, stop_before_pixels=True)
+    for keyword in (
+        *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "IssuerOfPatientID"),
+        *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber"),
+    ):
+        assert report[keyword].value == source[keyword].value, keyword
+    assert report.VerificationFlag == "UNVERIFIED" and report.PreliminaryFlag == "PRELIMINARY"
+    assert "RESEARCH USE ONLY" in report.SeriesDescription
+    (study,) = report.CurrentRequestedProcedureEvidenceSequence
+    reference = study.ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert reference.ReferencedSOPInstanceUID == source.SOPInstanceUID
+    texts = {
+        (item.ConceptNameCodeSequence[0].CodeValue, str(item.TextValue))
+        for item in _items(report)
+        if item.ValueType == "TEXT"
+    }
+    assert ("111001", "MedMO Edge / fake") in texts
+    assert ("111002", "question=Where is it?") in texts
+    families = {
+        item.ConceptCodeSequence[0].CodeMeaning
+        for item in _items(report)
+        if item.ValueType == "CODE" and item.ConceptNameCodeSequence[0].CodeValue == "111000"
+    }
+    assert families == {"Artificial Intelligence"}
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("ISO_IR 100", "Müller^Jürgen"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("ISO_IR 144", "Люкceмбypг"),
+    ],
+)
+def test_names_survive_their_character_set(
+    charset: Any, name: str, write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = write_source(
+        "dx", tmp_path / "source.dcm", SpecificCharacterSet=charset, PatientName=name
+    )
+    frame = read_image(path)
+    answer = _ask([frame])
+    for make in (make_sr, make_gsps, make_sc):
+        result = _read(make([frame], answer))
+        assert str(result.PatientName) == name
+        assert result.SpecificCharacterSet == "ISO_IR 192"
+
+
+@pytest.mark.parametrize("kind", GREY_WITH_NAME)
+def test_dcmtk_shows_the_presentation_state_as_the_model_saw_it(
+    kind: str, write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = write_source(kind, tmp_path / "source.dcm")
+    number = 3 if kind == "mr-frames" else 1
+    window = (400.0, 700.0) if kind in ("ct", "mr") else None
+    frame = read_image(path, frame=number - 1, window=window)
+    state, shown = tmp_path / "state.dcm", tmp_path / "shown.pgm"
+    state.write_bytes(make_gsps([frame], _ask([frame])))
+    command: list[str | Path] = [_needs("dcmp2pgm"), "-f", str(number), "-p", state, path, shown]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with Image.open(shown) as picture:
+        values = np.asarray(picture, np.int16)
+    assert np.abs(values - frame.pixels[:, :, 0]).max() <= 1
+    assert frame.pixels.max() > frame.pixels.min()
+
+
+def test_the_presentation_state_draws_the_boxes(write_source: WriteSource, tmp_path: Path) -> None:
+    frame = read_image(write_source("us-frames", tmp_path / "source.dcm"), frame=1)
+    answer = _ask([frame])
+    options = ResultOptions(seed="one")
+    state = _read(make_gsps([frame], answer, options))
+    report = _read(make_sr([frame], answer, options))
+    assert state.SOPClassUID.name == "Color Softcopy Presentation State Storage"
+    (annotation,) = state.GraphicAnnotationSequence
+    assert annotation.ReferencedImageSequence[0].ReferencedFrameNumber == 2
+    for drawn, box in zip(annotation.GraphicObjectSequence, answer.boxes, strict=True):
+        points = np.array(drawn.GraphicData).reshape(5, 2)
+        assert np.allclose((*points.min(axis=0), *points.max(axis=0)), box.xyxy)
+        assert drawn.GraphicAnnotationUnits == "PIXEL"
+    texts = [item.UnformattedTextValue for item in annotation.TextObjectSequence]
+    assert texts[1:] == [box.label for box in answer.boxes] and "RESEARCH USE ONLY" in texts[0]
+    tracked = {item.UID for item in _items(report) if item.ValueType == "UIDREF"}
+    assert {drawn.TrackingUID for drawn in annotation.GraphicObjectSequence} <= tracked
+
+
+def test_the_capture_holds_the_frame_and_its_boxes(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    frame = read_image(write_source("dx", tmp_path / "source.dcm"))
+    capture = _read(make_sc([frame], _ask([frame], "nodule <box>[[250, 250, 500, 750]]</box>")))
+    assert capture.BurnedInAnnotation == "YES" and capture.Modality == "OT"
+    assert list(capture.ImageType) == ["DERIVED", "SECONDARY"]
+    pixels = capture.pixel_array
+    scale = pixels.shape[1] // frame.pixels.shape[1]
+    height, width = frame.pixels.shape[0] * scale, frame.pixels.shape[1] * scale
+    expected = np.asarray(Image.fromarray(frame.pixels).resize((width, height)), np.int16)
+    changed = np.abs(pixels[:height] - expected).max(axis=2) > 0
+    rows, columns = np.nonzero(changed)
+    left, top = width // 4, height // 4
+    right, bottom = width // 2, height * 3 // 4
+    assert (columns.min(), columns.max(), rows.max()) == (left, right - 1, bottom - 1)
+    assert rows.min() < top  # the label stands above its box
+    inside = changed[top + 3 : bottom - 3, left + 3 : right - 3]
+    assert not inside.any()
+    orange = tuple(int("E69F00"[i : i + 2], 16) for i in (0, 2, 4))
+    assert tuple(pixels[bottom - 1, (left + right) // 2]) == orange
+    assert tuple(pixels[(top + bottom) // 2, left]) == orange
+    assert pixels[height:].any()  # the notice below the picture
+
+
+def test_boxes_of_oblong_pixels_are_in_stored_columns_and_rows(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = write_source("ct", tmp_path / "source.dcm", PixelAspectRatio=[2, 1], PixelSpacing=None)
+    frame = read_image(path)
+    assert frame.pixels.shape[:2] == (256, 128)
+    answer = _ask([frame], "nodule <box>[[500, 500, 1000, 1000]]</box>")
+    report, state = _read(make_sr([frame], answer)), _read(make_gsps([frame], answer))
+    (region,) = [item for item in _items(report) if item.ValueType == "SCOORD"]
+    assert list(region.GraphicData) == [64, 64, 128, 64, 128, 128, 64, 128, 64, 64]
+    (drawn,) = state.GraphicAnnotationSequence[0].GraphicObjectSequence
+    assert list(drawn.GraphicData) == list(region.GraphicData)
+    area = state.DisplayedAreaSelectionSequence[0]
+    assert list(area.PresentationPixelAspectRatio) == [2, 1]
+
+
+def test_boxes_of_several_images_refer_to_their_own(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    first = write_source("ct", tmp_path / "a.dcm", SOPInstanceUID="1.2.3.1")
+    second = write_source("ct", tmp_path / "b.dcm", SOPInstanceUID="1.2.3.2")
+    frames = [read_image(first), read_image(second)]
+    text = (
+        "Image 1: mass <box>[[0, 0, 500, 500]]</box> Image 2: nodule <box>[[0, 0, 100, 100]]</box>"
+    )
+    answer = _ask(frames, text)
+    report = _read(make_sr(frames, answer))
+    named = [
+        item.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID
+        for item in _items(report)
+        if item.ValueType == "SCOORD"
+    ]
+    assert named == ["1.2.3.1", "1.2.3.2"]
+    state = _read(make_gsps(frames, answer))
+    drawn = [
+        (each.ReferencedImageSequence[0].ReferencedSOPInstanceUID, len(each.GraphicObjectSequence))
+        for each in state.GraphicAnnotationSequence
+    ]
+    assert drawn == [("1.2.3.1", 1), ("1.2.3.2", 1)]
+    for make in (make_sr, make_gsps):
+        assert _errors(make(frames, answer), tmp_path / "result.dcm") == []
+    with pytest.raises(ResultError, match="one image at a time"):
+        make_sc(frames, answer)
+
+
+def test_uids_stand_under_the_root_and_repeat_with_the_seed(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    frame = read_image(write_source("dx", tmp_path / "source.dcm"))
+    answer = _ask([frame])
+    root = "1.2.826.0.1.3680043.10.999"
+    options = ResultOptions(uid_root=root, seed="queue entry 1")
+    one, two = (_read(make_sr([frame], answer, options)) for _ in range(2))
+    assert one.SOPInstanceUID == two.SOPInstanceUID
+    assert one.SeriesInstanceUID == two.SeriesInstanceUID
+    made = [one.SOPInstanceUID, one.SeriesInstanceUID]
+    made += [item.UID for item in _items(one) if item.ValueType == "UIDREF"]
+    assert all(uid.startswith(f"{root}.") and pydicom.uid.UID(uid).is_valid for uid in made)
+    assert len(set(made)) == len(made)
+    fresh = {str(_read(make_sr([frame], answer)).SOPInstanceUID) for _ in range(2)}
+    assert len(fresh) == 2 and all(uid.startswith("2.25.") for uid in fresh)
+    kinds = {
+        str(_read(make([frame], answer, options)).SOPInstanceUID) for make in (make_gsps, make_sc)
+    }
+    assert len(kinds | {str(one.SOPInstanceUID)}) == 3
+
+
+def test_what_cannot_be_referred_to_is_refused_in_one_line(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = tmp_path / "source.dcm"
+    frame = read_image(write_source("ct", path))
+    answer = _ask([frame])
+    picture = tmp_path / "picture.png"
+    Image.fromarray(frame.pixels).save(picture)
+    with pytest.raises(ResultError, match="is no DICOM file"):
+        make_sr([read_image(picture)], answer)
+    with pytest.raises(ResultError, match="none was given"):
+        make_sr([], answer)
+    other = read_image(write_source("ct", tmp_path / "other.dcm", PatientID="someone else"))
+    with pytest.raises(ResultError, match="several patients") as error:
+        make_sr([frame, other], answer)
+    assert "someone" not in str(error.value)
+    colour = write_source("us", tmp_path / "us.dcm", PatientID=pydicom.dcmread(path).PatientID)
+    write_source("us", colour, PatientID="1CT1", PatientName="CompressedSamples^CT1")
+    with pytest.raises(ResultError, match="grey and colour"):
+        make_gsps([frame, read_image(colour)], answer)
+    write_source("ct", path, SliceThickness="9")
+    with pytest.raises(ResultError, match="has changed"):
+        make_sr([frame], answer)
+    path.unlink()
+    with pytest.raises(ResultError, match="cannot be read again"):
+        make_sr([frame], answer)
+    broken = write_source("ct", tmp_path / "broken.dcm", StudyInstanceUID=None)
+    with pytest.raises(ResultError, match="no usable StudyInstanceUID"):
+        make_sr([read_image(broken)], answer)
+    with pytest.raises(UsageError, match="UID root"):
+        ResultOptions(uid_root="1.2.03")
+
+
+def test_retired_classes_and_wrong_identities_are_kept(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    retired = "1.2.840.10008.5.1.4.1.1.6"
+    path = tmp_path / "source.dcm"
+    write_source("us", path)
+    dataset = pydicom.dcmread(path)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = retired
+    with warnings.catch_warnings(action="ignore"):
+        dataset.StudyDate, dataset.PatientSex = "1994.11.05", "male"
+        dataset.save_as(path)
+    frame = read_image(path)
+    answer = _ask([frame])
+    for make in (make_sr, make_gsps, make_sc):
+        content = make([frame], answer)
+        assert f"{retired}\0".encode() in content
+        result = _read(content)
+        with warnings.catch_warnings(action="ignore"):
+            assert (result.StudyDate, result.PatientSex) == ("1994.11.05", "male")
+
+
+def test_files_appear_whole_and_replace_nothing(write_source: WriteSource, tmp_path: Path) -> None:
+    frame = read_image(write_source("dx", tmp_path / "source.dcm"))
+    answer = _ask([frame])
+    folder = tmp_path / "results"
+    folder.mkdir()
+    places = {kind: folder / f"r.{kind}" for kind in ("sr", "gsps", "sc", "fhir")}
+    write_results(places, [frame], answer, ResultOptions())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 4
+    with pytest.raises(ResultError, match="exists already"):
+        write_sr(places["sr"], [frame], answer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    write_sr(places["sr"], [frame], answer, overwrite=True)
+    assert places["sr"].read_bytes() != before["r.sr"]
+    with pytest.raises(ResultError, match="folder does not exist"):
+        write_sr(tmp_path / "nowhere" / "r.dcm", [frame], answer)
+    with pytest.raises(ResultError, match="is a folder"):
+        write_sr(folder, [frame], answer)
