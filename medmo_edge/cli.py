@@ -19,7 +19,7 @@ from medmo_edge import __version__
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = ("samples", "train", "calibrate", "export", "ask", "doctor", "demo")
+_IN_ORDER = ("samples", "train", "calibrate", "export", "ask", "serve", "doctor", "demo")
 
 
 class _RoadGroup(click.Group):
@@ -181,6 +181,29 @@ def ask(**options: Any) -> None:
     from medmo_edge.ask import run_ask
 
     run_ask(**options)
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--socket", type=click.Path(path_type=Path), help="A Unix socket instead of a port.")
+@click.option("--no-token", is_flag=True, help="Let every program of this machine ask.")
+@click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
+@click.option("--max-context", type=click.IntRange(1), help="Most tokens of one conversation.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of one answer [4096].")
+@click.option("--max-waiting", type=click.IntRange(1), help="Most questions in the queue [32].")
+@click.option("--max-upload-mb", type=click.IntRange(1), help="Largest upload [1024].")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds [300].")
+@click.option("--keep", type=click.FloatRange(min=0, min_open=True), help="Study minutes [60].")
+def serve(**options: Any) -> None:
+    """Serve ARTIFACT to this machine: OpenAI's chat API, studies, a viewer page.
+
+    Listens on 127.0.0.1 or a Unix socket. The token is MEDMO_EDGE_TOKEN, else made up and printed.
+    """
+    from medmo_edge.runtime.serve import run_serve
+
+    run_serve(say=click.echo, **options)
 
 
 @cli.command()

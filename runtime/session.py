@@ -22,7 +22,8 @@ from medmo_edge.prompts import TASK_PROMPTS, Message, locate_prompt
 from medmo_edge.runtime import fake
 from medmo_edge.runtime.answers import Answer, Timings, provenance_of
 from medmo_edge.runtime.backends import Backend, Interrupted, open_backend
-from medmo_edge.runtime.chat import Chat
+from medmo_edge.runtime.certified import check_certificate
+from medmo_edge.runtime.chat import Chat, Picture
 from medmo_edge.runtime.constrain import Grammars
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.generate import (
@@ -50,12 +51,14 @@ def load(
     verify: bool = True,
     threads: int | None = None,
     max_context: int | None = None,
+    require_certificate: bool = False,
 ) -> "Session":
     """Load an artifact folder, or ``fake:TEXT``, which answers TEXT to everything.
 
     ``verify`` hashes the files against the manifest; ``threads``: default the physical cores;
     ``max_context``: most tokens of one conversation, default what memory allows.
-    Errors: ArtifactError, BackendUnavailable (with every backend's reason), UsageError.
+    ``require_certificate`` refuses an artifact that was not certified for this backend and kind of
+    device, and always hashes. Errors: ArtifactError, BackendUnavailable (with every backend's reason), UsageError.
     """
     start = time.perf_counter()
     for name, value in (("threads", threads), ("max_context", max_context)):
@@ -65,11 +68,17 @@ def load(
         manifest = fake.artifact(str(path).removeprefix(fake.PREFIX))
         chat = fake.chat()
     else:
-        manifest = read_manifest(path, verify=verify)
+        manifest = read_manifest(path, verify=verify or require_certificate)
         chat = Chat.from_artifact(manifest)
     device = probe()
     options = {"threads": threads, "max_context": max_context}
     opened = open_backend(manifest, device, backend, options)
+    if require_certificate:
+        try:
+            check_certificate(manifest, opened, device)
+        except BaseException:
+            opened.close()
+            raise
     return Session(
         opened,
         chat,
@@ -91,6 +100,11 @@ class Study:
         self._pictures = [session._chat.picture(frame) for frame in frames]
         self._owner = object()  # stands for this study in the prefix cache
         self._closed = False
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The images as the model sees them."""
+        return tuple(self._pictures)
 
     def ask(
         self, question: str, *, options: GenerationOptions | None = None, **changes: Any
