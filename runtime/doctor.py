@@ -11,6 +11,7 @@ from typing import Any
 from medmo_edge import __version__
 from medmo_edge.manifest import read_manifest
 from medmo_edge.runtime.backends import BACKENDS, choose
+from medmo_edge.runtime.certified import describe_certificate
 from medmo_edge.runtime.device import Device, library_versions, probe
 from medmo_edge.runtime.llamacpp_native import openmp_spins
 
@@ -53,7 +54,7 @@ def doctor(artifact: str | Path | None = None) -> dict[str, Any]:
             "target": manifest.target,
             "model": manifest.model.get("name"),
             "manifest_sha256": manifest.sha256,
-            "certified": manifest.certificate is not None,
+            "certificate": describe_certificate(manifest),
         },
         "warnings": _warnings(libraries, device),
     }
@@ -91,19 +92,29 @@ def format_findings(findings: dict[str, Any]) -> str:
     settings = (f"{name}={value}" for name, value in findings["settings"].items())
     rows.append(("settings", " ".join(settings)))
     if artifact:
-        certified = "certified" if artifact["certified"] else "not certified"
         rows.append(
-            (
-                "artifact",
-                f"{artifact['path']} ({artifact['model']}, {artifact['target']}, {certified})",
-            )
+            ("artifact", f"{artifact['path']} ({artifact['model']}, {artifact['target']})")
         )
+        rows += _certificate_rows(artifact["certificate"])
     for backend in findings["backends"]:
         state = "yes" if backend["can_run"] else "no"
         rows.append((f"backend {backend['name']}", f"{state}: {backend['reason']}"))
     rows += [("warning", warning) for warning in findings["warnings"]]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _certificate_rows(certificate: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if certificate is None:
+        return [("certificate", "none: see medmo-edge verify")]
+    if not certificate["runs"]:
+        return [("certificate", f"unreadable: {certificate['obstacle']}")]
+    rows = []
+    for key, run in certificate["runs"].items():
+        state = f"does not count: {run['obstacle']}" if run["obstacle"] else "counts"
+        text = f"{run['verdict']}, {key}, {run['samples']} samples, {run['issued']}; {state}"
+        rows.append(("certificate", text))
+    return rows
 
 
 def _gb(size: int) -> str:

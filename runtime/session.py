@@ -58,7 +58,8 @@ def load(
     ``verify`` hashes the files against the manifest; ``threads``: default the physical cores;
     ``max_context``: most tokens of one conversation, default what memory allows.
     ``require_certificate`` refuses an artifact that was not certified for this backend and kind of
-    device, and always hashes. Errors: ArtifactError, BackendUnavailable (with every backend's reason), UsageError.
+    device, and always hashes.
+    Errors: ArtifactError, BackendUnavailable (with every backend's reason), UsageError.
     """
     start = time.perf_counter()
     for name, value in (("threads", threads), ("max_context", max_context)):

@@ -67,7 +67,7 @@ def test_doctor_without_artifact() -> None:
 def test_doctor_with_an_artifact(tiny_artifact: Path) -> None:
     findings = doctor(tiny_artifact)
     assert findings["artifact"]["target"] == "gguf-f16"
-    assert findings["artifact"]["certified"] is False
+    assert findings["artifact"]["certificate"] is None
     reasons = {backend["name"]: backend["reason"] for backend in findings["backends"]}
     assert reasons["fake"] == "cannot read gguf-f16 artifacts (llamacpp can)"
     assert str(tiny_artifact) in format_findings(findings)
