@@ -74,6 +74,7 @@ class TransformersModel:
         self._device = device
         if threads is not None:
             torch.set_num_threads(threads)
+        transformers.utils.logging.disable_progress_bar()  # ours counts questions
         loader = transformers.Qwen3VLForConditionalGeneration
         self.network: Any = loader.from_pretrained(folder, dtype=getattr(torch, dtype))
         self.network = self.network.train(False).to(device)

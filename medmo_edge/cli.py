@@ -19,7 +19,7 @@ from medmo_edge import __version__
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = ("samples", "train", "calibrate", "export", "ask", "serve", "doctor", "demo")
+_IN_ORDER = ("samples", "train", "calibrate", "export", "eval", "ask", "serve", "doctor", "demo")
 
 
 class _RoadGroup(click.Group):
@@ -139,6 +139,34 @@ def export(checkpoint: str, target: str, output: Path, as_json: bool, **options:
         return
     total = sum(entry["bytes"] for entry in manifest.files.values())
     click.echo(f"artifact: {output}  {manifest.target}  {total / 1e6:.1f} MB")
+
+
+@cli.command(name="eval")
+@click.argument("model", required=False)
+@click.option("--benchmark", help="Name in the table of docs/evaluation.md, e.g. bccd.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the benchmark's data.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many samples.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Folder; a run goes on there."
+)
+@click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be read.")
+@click.option("--scorer", "scorers", multiple=True, help="Plug-in, package.module:function.")
+@click.option("--probe-coords", is_flag=True, help="Which coordinate convention the model writes.")
+@click.option("--compare", nargs=2, type=click.Path(path_type=Path), help="Two output folders.")
+@click.option("--backend", default="auto", show_default=True, help="Of an artifact.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--device", default="cpu", show_default=True, help="Of a checkpoint: cpu, cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def evaluate(**options: Any) -> None:
+    """Score MODEL on a benchmark.
+
+    MODEL is an artifact, a checkpoint, nano or fake:TEXT. Nothing is downloaded: --data names the
+    publisher's folder.
+    """
+    from medmo_edge.evaluation.eval_command import run_eval
+
+    run_eval(**options)
 
 
 @cli.command()
