@@ -4,23 +4,19 @@ Self-contained: no script, no font, no address; pictures are inside as JPEG. It 
 of its own. Its layout is ``report.html`` beside this file.
 """
 
-import base64
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from medmo_edge.boxes import Box
 from medmo_edge.evaluation.case_scores import RULES
 from medmo_edge.evaluation.cases import Case, load_frame
 from medmo_edge.evaluation.evaluate import Run
+from medmo_edge.evaluation.report_pictures import picture
 from medmo_edge.evaluation.summary import METRICS, Scored
-from medmo_edge.overlay import draw_overlay
 
 WORST = 12  # answers shown
 MAX_PICTURES = 6  # of one answer
-PICTURE_SIDE = 640  # pixels of the longer side
 BARS = 20
 _TEXT = 400  # characters of a question or answer
 
@@ -197,23 +193,14 @@ def _gold(case: Case) -> str:
 
 
 def _pictures(scored: Scored) -> list[str]:
-    pictures = []
-    for number, picture in enumerate(scored.case.images[:MAX_PICTURES]):
-        truth = [box for box in scored.case.boxes if box.image == number]
-        said = [Box("", *box.xyxy, number) for box in scored.score.boxes if box.image == number]
-        pixels = draw_overlay(load_frame(picture), said, truth=truth, notice="")
-        pictures.append(_jpeg(pixels[:-24]))  # the strip of the notice is empty here
-    return pictures
-
-
-def _jpeg(pixels: Any) -> str:
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return [
+        picture(
+            load_frame(shown),
+            [box for box in scored.case.boxes if box.image == number],
+            [box for box in scored.score.boxes if box.image == number],
+        )
+        for number, shown in enumerate(scored.case.images[:MAX_PICTURES])
+    ]
 
 
 def _figures(result: dict[str, Any]) -> Iterator[dict[str, str]]:
