@@ -33,7 +33,8 @@ class Timings:
 class Provenance:
     """Where an answer came from: runtime, artifact and pictures (``Source.to_dict``).
 
-    ``checkpoint`` and ``checkpoint_sha256`` name the weights that the artifact was made from.
+    ``checkpoint`` and ``checkpoint_sha256`` name the weights that the artifact was made from;
+    ``chosen`` says why this artifact and backend were taken.
     """
 
     backend: str
@@ -43,10 +44,11 @@ class Provenance:
     sources: tuple[dict[str, Any], ...]
     checkpoint: str = ""
     checkpoint_sha256: str = ""
+    chosen: str = ""
 
 
 def provenance_of(
-    backend: Backend, manifest: Manifest, sources: tuple[dict[str, Any], ...]
+    backend: Backend, manifest: Manifest, sources: tuple[dict[str, Any], ...], chosen: str = ""
 ) -> Provenance:
     """Where the answers of an opened artifact about the pictures ``sources`` come from."""
     return Provenance(
@@ -57,6 +59,7 @@ def provenance_of(
         sources=sources,
         checkpoint=str(manifest.checkpoint.get("name", "")),
         checkpoint_sha256=str(manifest.checkpoint.get("sha256", "")),
+        chosen=chosen,
     )
 
 

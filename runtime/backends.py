@@ -4,10 +4,11 @@ A backend evaluates token ids and resized pixels and returns logits, nothing els
 sampling, stopping and boxes are ours and the same for all. Nothing is discovered: a backend that is
 not in the table does not exist. Backend modules are imported only when they are asked about.
 
-Every backend module offers four functions:
+Every backend module offers five functions:
 
     unavailable() -> str | None                     why the library cannot be used on this machine
     unsuited(manifest, device) -> str | None        why it cannot run this artifact here
+    place(manifest, device) -> (str, str)           "cuda" or "cpu", and why not on the better one
     describe() -> dict                              library versions, for doctor
     open(manifest, device, *, threads, max_context) -> Backend
 """
@@ -95,11 +96,16 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One backend's verdict: ``obstacle`` is None when it can run, ``reason`` is for people."""
+    """One backend's verdict: ``obstacle`` is None when it can run, ``reason`` is for people.
+
+    ``place``: "cuda" or "cpu", where an artifact would run; ``remark``: why not on a better one.
+    """
 
     name: str
     obstacle: str | None
     reason: str
+    place: str = ""
+    remark: str = ""
 
 
 def choose(manifest: Manifest | None, device: Device, wanted: str = "auto") -> list[Choice]:
@@ -124,7 +130,11 @@ def _judge(name: str, manifest: Manifest | None, device: Device, wanted: str) ->
         obstacle = module.unsuited(manifest, device)
     if obstacle is not None:
         return _refuse(name, obstacle)
-    return Choice(name, None, "can run here" if manifest is None else f"reads {manifest.target}")
+    if manifest is None:
+        return Choice(name, None, "can run here")
+    place, remark = module.place(manifest, device)
+    reason = f"reads {manifest.target}, runs on {place}" + (f" ({remark})" if remark else "")
+    return Choice(name, None, reason, place, remark)
 
 
 def _refuse(name: str, obstacle: str) -> Choice:

@@ -38,6 +38,8 @@ LIBRARIES = (
     "tensorrt",
     "tokenizers",
 )
+_DPKG = "/var/lib/dpkg/status"
+_NVIDIA = "/proc/driver/nvidia/version"
 _CU_MAJOR, _CU_MINOR = 75, 76  # cuDeviceGetAttribute: compute capability
 
 
@@ -52,7 +54,10 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Jetson:
-    """An NVIDIA Jetson module and its Linux for Tegra release; ``jetpack`` when we know it."""
+    """An NVIDIA Jetson module and its Linux for Tegra release.
+
+    ``jetpack``: as its package says ("6.2"), else the major version that the release belongs to.
+    """
 
     model: str
     l4t: str
@@ -61,7 +66,10 @@ class Jetson:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """This machine. ``cores``: physical cores this process may use; memory after cgroup limits."""
+    """This machine. ``cores``: physical cores this process may use; memory after cgroup limits.
+
+    ``driver``: release of the NVIDIA kernel driver; ``cuda_version``: newest CUDA it supports.
+    """
 
     system: str
     cpu: str
@@ -71,6 +79,8 @@ class Device:
     ram_available_bytes: int
     cuda: tuple[Cuda, ...]
     jetson: Jetson | None
+    driver: str | None = None
+    cuda_version: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -81,6 +91,7 @@ def probe() -> Device:
     """Look at the machine; takes a few milliseconds, more when a CUDA driver has to start."""
     info = _text("/proc/cpuinfo")
     total, available = _memory()
+    gpus, cuda_version = _cuda()
     return Device(
         system=f"{platform.system()} {platform.machine()}",
         cpu=_cpu_name(info),
@@ -88,8 +99,10 @@ def probe() -> Device:
         features=_features(info),
         ram_bytes=total,
         ram_available_bytes=available,
-        cuda=_cuda(),
+        cuda=gpus,
         jetson=_jetson(),
+        driver=_driver(),
+        cuda_version=cuda_version,
     )
 
 
@@ -179,17 +192,26 @@ def _memory_by_sysconf() -> int:
         return 0
 
 
-def _cuda() -> tuple[Cuda, ...]:
-    """GPUs through the driver's own library; none when there is no driver or no GPU."""
+def _driver() -> str | None:
+    """``NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  ...``; None without one."""
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", _text(_NVIDIA), re.MULTILINE)
+    return found[1] if found else None
+
+
+def _cuda() -> tuple[tuple[Cuda, ...], str | None]:
+    """GPUs and CUDA version through the driver's own library; none when there is no GPU."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
     except OSError:
-        return ()
-    count = ctypes.c_int()
+        return (), None
+    count, version = ctypes.c_int(), ctypes.c_int()
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return ()
-    return tuple(gpu for index in range(count.value) if (gpu := _cuda_device(driver, index)))
+        return (), None
+    gpus = (_cuda_device(driver, index) for index in range(count.value))
+    known = driver.cuDriverGetVersion(ctypes.byref(version)) == 0
+    text = f"{version.value // 1000}.{version.value % 1000 // 10}" if known else None
+    return tuple(gpu for gpu in gpus if gpu), text
 
 
 def _cuda_device(driver: ctypes.CDLL, index: int) -> Cuda | None:
@@ -217,9 +239,12 @@ def _jetson() -> Jetson | None:
     if found is None:
         return None
     l4t = f"{found[1]}.{found[2]}"
-    jetpacks = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
+    jetpacks = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7", "39": "7"}
+    package = re.search(
+        r"^Package: nvidia-jetpack\n(?:\S.*\n)*?Version: ([\d.]+)", _text(_DPKG), re.MULTILINE
+    )
     return Jetson(
         model=_text("/proc/device-tree/model").strip(),
         l4t=l4t,
-        jetpack=jetpacks.get(found[1], ""),
+        jetpack=package[1] if package else jetpacks.get(found[1], ""),
     )

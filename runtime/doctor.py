@@ -12,6 +12,7 @@ from medmo_edge import __version__
 from medmo_edge.manifest import read_manifest
 from medmo_edge.runtime.backends import BACKENDS, choose
 from medmo_edge.runtime.certified import describe_certificate
+from medmo_edge.runtime.choice import find_artifacts, rank
 from medmo_edge.runtime.device import Device, library_versions, probe
 from medmo_edge.runtime.llamacpp_native import openmp_spins
 
@@ -30,11 +31,13 @@ _SETTINGS = (
 def doctor(artifact: str | Path | None = None) -> dict[str, Any]:
     """Findings as JSON values: version, device, libraries, settings, backends, artifact, warnings.
 
-    ``backends`` are in the order in which they would be tried, for ``artifact`` if one is given.
-    Errors: ArtifactError when the artifact is incomplete or changed.
+    ``artifact`` may be a folder of several artifacts of one checkpoint: ``candidates`` lists all,
+    best first, and ``artifact`` is the one that load would take. ``backends`` are in the order in
+    which they would be tried for it. Errors: ArtifactError when it is incomplete or changed.
     """
-    manifest = None if artifact is None else read_manifest(artifact)
     device = probe()
+    candidates = [] if artifact is None else rank(find_artifacts(artifact), device)
+    manifest = read_manifest(candidates[0].manifest.folder) if candidates else None
     choices = choose(manifest, device)
     libraries = library_versions()
     for module in map(import_module, BACKENDS.values()):
@@ -47,6 +50,18 @@ def doctor(artifact: str | Path | None = None) -> dict[str, Any]:
         "backends": [
             {"name": each.name, "can_run": each.obstacle is None, "reason": each.reason}
             for each in choices
+        ],
+        "candidates": [
+            {
+                "path": str(each.manifest.folder),
+                "target": each.manifest.target,
+                "backend": each.backend,
+                "place": each.place or None,
+                "can_run": each.obstacle is None,
+                "certified": each.certified,
+                "reason": each.reason,
+            }
+            for each in candidates
         ],
         "artifact": manifest
         and {
@@ -82,20 +97,21 @@ def format_findings(findings: dict[str, Any]) -> str:
         ("system", device["system"]),
         ("cpu", f"{device['cpu']}, {device['cores']} cores, {' '.join(device['features'])}"),
         ("memory", f"{_gb(device['ram_bytes'])}, {_gb(device['ram_available_bytes'])} available"),
-        ("gpu", "; ".join(map(_gpu, device["cuda"])) or "no CUDA GPU"),
+        ("gpu", _gpus(device)),
     ]
     if device["jetson"]:
         jetson = device["jetson"]
-        rows.append(("jetson", f"{jetson['model']}, L4T {jetson['l4t']}"))
+        jetpack = f"JetPack {jetson['jetpack']}, L4T {jetson['l4t']}"
+        rows.append(("jetson", f"{jetson['model']}, {jetpack}"))
     installed = [f"{name} {value}" for name, value in findings["libraries"].items() if value]
     rows.append(("libraries", ", ".join(installed)))
     settings = (f"{name}={value}" for name, value in findings["settings"].items())
     rows.append(("settings", " ".join(settings)))
     if artifact:
-        rows.append(
-            ("artifact", f"{artifact['path']} ({artifact['model']}, {artifact['target']})")
-        )
+        rows.append(("artifact", f"{artifact['path']} ({artifact['model']}, {artifact['target']})"))
         rows += _certificate_rows(artifact["certificate"])
+    if len(findings["candidates"]) > 1:
+        rows += [_candidate(*each) for each in enumerate(findings["candidates"], start=1)]
     for backend in findings["backends"]:
         state = "yes" if backend["can_run"] else "no"
         rows.append((f"backend {backend['name']}", f"{state}: {backend['reason']}"))
@@ -117,8 +133,20 @@ def _certificate_rows(certificate: dict[str, Any] | None) -> list[tuple[str, str
     return rows
 
 
+def _candidate(number: int, found: dict[str, Any]) -> tuple[str, str]:
+    where = f"{found['backend']} on {found['place']}" if found["can_run"] else "no"
+    return f"choice {number}", f"{found['target']}, {where}: {found['reason']}"
+
+
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
+
+
+def _gpus(device: dict[str, Any]) -> str:
+    if not device["cuda"]:
+        return "no CUDA GPU"
+    software = f"driver {device['driver'] or 'unknown'}, CUDA {device['cuda_version'] or 'unknown'}"
+    return "; ".join([*map(_gpu, device["cuda"]), software])
 
 
 def _gpu(gpu: dict[str, Any]) -> str:

@@ -40,6 +40,11 @@ def unsuited(manifest: Manifest, device: Device) -> str | None:
     return None
 
 
+def place(manifest: Manifest, device: Device) -> tuple[str, str]:
+    """It computes nothing, and that on the CPU."""
+    return "cpu", ""
+
+
 def describe() -> dict[str, Any]:
     """It needs no library."""
     return {}

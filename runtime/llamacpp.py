@@ -50,6 +50,11 @@ def unsuited(manifest: Manifest, device: Device) -> str | None:
     return fit.memory_obstacle(manifest, device)
 
 
+def place(manifest: Manifest, device: Device) -> tuple[str, str]:
+    """It runs on the CPU, also beside a GPU."""
+    return "cpu", "llama.cpp is used without GPUs" if device.cuda else ""
+
+
 def describe() -> dict[str, Any]:
     """Version of the library, for doctor."""
     return {native.DISTRIBUTION: native.version()}

@@ -41,6 +41,14 @@ def unsuited(manifest: Manifest, device: Device) -> str | None:
     return found.cpu if found.place is None else None
 
 
+def place(manifest: Manifest, device: Device) -> tuple[str, str]:
+    """The GPU where it can be used, else the CPU and why."""
+    found = fit.obstacles(manifest, device, native.has_cuda())
+    if found.cuda is None:
+        return "cuda", ""
+    return "cpu", f"not on the GPU: {found.cuda}" if device.cuda else ""
+
+
 def describe() -> dict[str, Any]:
     """Version of the library in both flavours, for doctor."""
     return dict(native.versions())

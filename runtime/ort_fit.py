@@ -17,7 +17,7 @@ Place = Literal["cuda", "cpu"]
 _SMALL_BYTES = 64 << 20
 _OVERHEAD_BYTES = 400 << 20  # compute buffers, tokenizer, Python
 _CUDA_CONTEXT_BYTES = 1 << 30  # CUDA context, cuBLAS and cuDNN workspaces
-_MIN_SM = 75  # oldest architecture of CUDA 13
+_CUDA_MAJOR, _MIN_SM = 13, 75  # what onnxruntime-gpu 1.31 is built for, and its oldest GPU
 _VALUE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -73,12 +73,13 @@ def _cuda_obstacle(manifest: Manifest, device: Device, library_has_cuda: bool) -
     if not device.cuda:
         return "no CUDA GPU"
     gpu = device.cuda[0]
-    if device.jetson is not None and device.jetson.jetpack in ("4", "5", "6"):
-        return f"onnxruntime-gpu needs CUDA 13, JetPack {device.jetson.jetpack} has an older one"
+    if device.cuda_version is not None and int(device.cuda_version.split(".")[0]) < _CUDA_MAJOR:
+        where = f"JetPack {device.jetson.jetpack}" if device.jetson else "the NVIDIA driver"
+        return f"onnxruntime-gpu needs CUDA {_CUDA_MAJOR}, {where} has {device.cuda_version}"
     if not library_has_cuda:
         return "the installed onnxruntime is for CPUs: pip install 'medmo-edge[gpu]' instead"
     if gpu.sm < _MIN_SM:
-        return f"SM {gpu.sm} is older than CUDA 13 supports (SM {_MIN_SM})"
+        return f"SM {gpu.sm} is older than CUDA {_CUDA_MAJOR} supports (SM {_MIN_SM})"
     if graph_dtype(manifest) == "float32":
         return "attention with a KV cache needs 16-bit activations on CUDA: export onnx-fp16"
     return _gpu_memory_obstacle(manifest, gpu)

@@ -8,7 +8,7 @@ not see each other. Decoding images from files is not done here: ``medmo_edge.re
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +17,16 @@ from typing import Any, Self
 from medmo_edge.boxes import Parsed, parse_boxes
 from medmo_edge.errors import GenerationError, UsageError
 from medmo_edge.images import Frame
-from medmo_edge.manifest import Manifest, read_manifest
+from medmo_edge.manifest import Manifest
 from medmo_edge.prompts import TASK_PROMPTS, Message, locate_prompt
 from medmo_edge.runtime import fake
 from medmo_edge.runtime.answers import Answer, Timings, provenance_of
 from medmo_edge.runtime.backends import Backend, Interrupted, open_backend
 from medmo_edge.runtime.certified import check_certificate
 from medmo_edge.runtime.chat import Chat, Picture
+from medmo_edge.runtime.choice import Opened, open_best
 from medmo_edge.runtime.constrain import Grammars
-from medmo_edge.runtime.device import probe
+from medmo_edge.runtime.device import Device, probe
 from medmo_edge.runtime.generate import (
     GenerationOptions,
     Limits,
@@ -55,6 +56,7 @@ def load(
 ) -> "Session":
     """Load an artifact folder, or ``fake:TEXT``, which answers TEXT to everything.
 
+    Of a folder that holds several artifacts of one checkpoint, the best for this machine is taken.
     ``verify`` hashes the files against the manifest; ``threads``: default the physical cores;
     ``max_context``: most tokens of one conversation, default what memory allows.
     ``require_certificate`` refuses an artifact that was not certified for this backend and kind of
@@ -65,28 +67,34 @@ def load(
     for name, value in (("threads", threads), ("max_context", max_context)):
         if value is not None and value < 1:
             raise UsageError(f"{name} must be 1 or more")
-    if str(path).startswith(fake.PREFIX):
-        manifest = fake.artifact(str(path).removeprefix(fake.PREFIX))
-        chat = fake.chat()
-    else:
-        manifest = read_manifest(path, verify=verify or require_certificate)
-        chat = Chat.from_artifact(manifest)
     device = probe()
     options = {"threads": threads, "max_context": max_context}
-    opened = open_backend(manifest, device, backend, options)
-    if require_certificate:
-        try:
-            check_certificate(manifest, opened, device)
-        except BaseException:
-            opened.close()
-            raise
+    is_fake = str(path).startswith(fake.PREFIX)
+    if is_fake:
+        opened = _open_fake(str(path), device, backend, options)
+    else:
+        opened = open_best(path, device, backend, options, verify=verify or require_certificate)
+    try:
+        if require_certificate:
+            check_certificate(opened.manifest, opened.backend, device)
+        chat = fake.chat() if is_fake else Chat.from_artifact(opened.manifest)
+    except BaseException:
+        opened.backend.close()
+        raise
     return Session(
-        opened,
+        opened.backend,
         chat,
-        manifest,
+        opened.manifest,
         budget_bytes=max(_SMALLEST_BUDGET_BYTES, device.ram_available_bytes // 4),
         load_seconds=time.perf_counter() - start,
+        chosen=opened.reason,
     )
+
+
+def _open_fake(path: str, device: Device, backend: str, options: Mapping[str, Any]) -> Opened:
+    manifest = fake.artifact(path.removeprefix(fake.PREFIX))
+    opened = open_backend(manifest, device, backend, options)
+    return Opened(backend=opened, manifest=manifest, reason="asked for by name")
 
 
 class Study:
@@ -186,7 +194,9 @@ class Study:
                 new_tokens=outcome.num_tokens,
                 reused_tokens=cost.reused_tokens,
             ),
-            provenance=provenance_of(session._backend, session.manifest, self._sources),
+            provenance=provenance_of(
+                session._backend, session.manifest, self._sources, session.chosen
+            ),
         )
 
     def __enter__(self) -> Self:
@@ -226,9 +236,12 @@ class Session:
         *,
         budget_bytes: int,
         load_seconds: float,
+        chosen: str = "",
     ) -> None:
         self.manifest = manifest
         self.load_seconds = load_seconds
+        #: why this artifact and backend were taken
+        self.chosen = chosen
         self._backend = backend
         self._chat = chat
         #: what compiles JSON schemas for this model's tokenizer

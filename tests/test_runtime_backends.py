@@ -8,7 +8,7 @@ import pytest
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable, UsageError
 from medmo_edge.runtime import doctor as doctor_module
-from medmo_edge.runtime import fake, llamacpp
+from medmo_edge.runtime import fake, llamacpp, ort, ort_native
 from medmo_edge.runtime.backends import BACKENDS, choose, open_backend
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.doctor import doctor, format_findings
@@ -17,10 +17,11 @@ from medmo_edge.runtime.doctor import doctor, format_findings
 def test_without_an_artifact_every_backend_is_judged_by_its_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(llamacpp, "unavailable", lambda: "it is not installed")
+    for module in (llamacpp, ort):
+        monkeypatch.setattr(module, "unavailable", lambda: "it is not installed")
     choices = choose(None, probe())
     assert {choice.name for choice in choices} == set(BACKENDS)
-    assert [choice.name for choice in choices] == ["fake", "llamacpp"]
+    assert [choice.name for choice in choices] == ["fake", "ort", "llamacpp"]
     assert choices[1].obstacle == choices[1].reason == "it is not installed"
 
 
@@ -40,6 +41,7 @@ def test_when_none_can_run_the_error_names_every_reason(
     with pytest.raises(BackendUnavailable) as caught:
         open_backend(manifest, probe())
     assert caught.value.reasons == {
+        "ort": "cannot read gguf-f16 artifacts (llamacpp can)",
         "llamacpp": "it is not installed",
         "fake": "cannot read gguf-f16 artifacts (llamacpp can)",
     }
@@ -50,7 +52,7 @@ def test_asking_for_a_backend_by_name() -> None:
     assert open_backend(fake.artifact("x"), probe(), "fake").name == "fake"
     with pytest.raises(BackendUnavailable, match="--backend llamacpp was asked for"):
         open_backend(fake.artifact("x"), probe(), "llamacpp")
-    with pytest.raises(UsageError, match="use auto, llamacpp, fake"):
+    with pytest.raises(UsageError, match="use auto, ort, llamacpp, fake"):
         choose(None, probe(), "trt")
 
 
@@ -78,6 +80,7 @@ def test_doctor_with_an_artifact(tiny_artifact: Path) -> None:
 def test_doctor_warns_about_what_goes_wrong_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     both = {"onnxruntime": "1.20", "onnxruntime-gpu": "1.20", "numpy": None}
     monkeypatch.setattr(doctor_module, "library_versions", lambda: both)
+    monkeypatch.setattr(ort_native, "versions", lambda: both)
     monkeypatch.setattr(doctor_module, "probe", lambda: replace(probe(), features=()))
     monkeypatch.setenv("GOMP_SPINCOUNT", "100")
     warnings = doctor()["warnings"]

@@ -121,6 +121,23 @@ def test_arm_and_jetson(machine: dict[str, str]) -> None:
     assert found.jetson == Jetson(
         model="NVIDIA Jetson AGX Orin Developer Kit", l4t="36.4.3", jetpack="6"
     )
+    machine["/var/lib/dpkg/status"] = (
+        "Package: nvidia-jetpack-dev\nVersion: 1.0\n\n"
+        "Package: nvidia-jetpack\nStatus: install ok installed\nVersion: 6.2+b77\n\n"
+        "Package: zlib1g\nVersion: 1.3\n"
+    )
+    assert probe().jetson == Jetson(
+        model="NVIDIA Jetson AGX Orin Developer Kit", l4t="36.4.3", jetpack="6.2"
+    )
+
+
+def test_the_kernel_driver_tells_its_release(machine: dict[str, str]) -> None:
+    assert probe().driver is None
+    machine["/proc/driver/nvidia/version"] = (
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+        "GCC version:  gcc version 13.3.0\n"
+    )
+    assert probe().driver == "580.65.06"
 
 
 class _Driver:
@@ -140,6 +157,8 @@ class _Driver:
             args[0]._obj.value = 1
         elif name == "cuDeviceGetAttribute":
             args[0]._obj.value = {75: 8, 76: 7}[args[1]]
+        elif name == "cuDriverGetVersion":
+            args[0]._obj.value = 12060
         elif name == "cuDeviceTotalMem_v2":
             args[0]._obj.value = 64 << 30
         return 0
@@ -147,7 +166,9 @@ class _Driver:
 
 def test_gpus_are_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: _Driver())
-    assert probe().cuda == (Cuda(name="Example GPU", sm=87, memory_bytes=64 << 30),)
+    found = probe()
+    assert found.cuda == (Cuda(name="Example GPU", sm=87, memory_bytes=64 << 30),)
+    assert found.cuda_version == "12.6"
 
 
 @pytest.mark.parametrize("call", ["cuInit", "cuDeviceGetCount", "cuDeviceGetAttribute"])
