@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.errors import GenerationError, UsageError
+from medmo_edge.errors import UsageError
 from medmo_edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 MAX_SCHEMA_CHARACTERS = 1 << 16
 
-# Between JSON tokens: nothing, a space, or a line break with an indent. Without a bound a small
-# model can write white space until its length limit.
-_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"(\n[ ]{0,16}|[ ])?"}
+# One form of white space, json.dumps' own: with a choice, a small model can write line breaks until
+# its length limit.
+_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constraint:
@@ -38,7 +38,7 @@ class Constraint:
     def allowed(self) -> NDArray[np.bool_]:
         """Which tokens [V] may come next; only end-of-text ones when the JSON is complete.
 
-        Errors: GenerationError when the schema became too costly to follow.
+        Errors: UsageError when the schema became too costly to follow.
         """
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._require_sound()
@@ -46,14 +46,14 @@ class Constraint:
         return bits.view(np.bool_)
 
     def accept(self, token: int) -> None:
-        """``token`` was chosen. Errors: GenerationError when it was not allowed."""
+        """``token`` was chosen. Errors: UsageError when it was not allowed."""
         self._matcher.consume_token(token)
         self._require_sound()
 
     def _require_sound(self) -> None:
         if self._matcher.is_error():
             reason = _line(self._matcher.get_error())
-            raise GenerationError(f"the JSON schema cannot be followed: {reason}")
+            raise UsageError(f"the JSON schema cannot be followed: {reason}")
 
 
 class Grammars:

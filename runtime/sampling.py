@@ -113,7 +113,7 @@ class Sampler:
             return scores_V
         scores_V = np.where(self._constraint.allowed(), scores_V, -np.inf)
         if not np.isfinite(scores_V.max()):
-            raise GenerationError("the model gives no probability to what the JSON schema allows")
+            raise UsageError("the model gives no probability to what the JSON schema allows")
         return scores_V
 
     def _penalised(self, plain_V: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -48,6 +48,7 @@ _PAGE = {
     "/": ("viewer.html", "text/html; charset=utf-8"),
     "/viewer.css": ("viewer.css", "text/css; charset=utf-8"),
     "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
+    "/viewer_answer.js": ("viewer_answer.js", "text/javascript; charset=utf-8"),
     "/viewer_frame.js": ("viewer_frame.js", "text/javascript; charset=utf-8"),
 }
 _OPEN = frozenset({*_PAGE, "/healthz", "/openapi.json"})

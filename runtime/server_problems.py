@@ -9,7 +9,8 @@ from typing import Any
 
 from medmo_edge.errors import ImageError, MedmoError
 
-_DETAIL = re.compile(r"\((\w+): .*\)$", re.DOTALL)
+# What a parser said about damaged bytes can quote them.
+_DETAIL = re.compile(r"(damaged or not supported) \(.*\)$", re.DOTALL)
 
 
 @dataclass(eq=False)
@@ -83,4 +84,4 @@ def of_error(error: MedmoError) -> Problem:
 
 def image_message(error: ImageError) -> str:
     """``error`` without what a parser quoted from the file."""
-    return _DETAIL.sub(r"(\1)", str(error))
+    return _DETAIL.sub(r"\1", str(error))
