@@ -108,7 +108,7 @@ def rank(manifests: Sequence[Manifest], device: Device, wanted: str = "auto") ->
     candidates.sort(key=_position)
     best = candidates[0]
     return [
-        best if each is best or each.obstacle is not None else _passed_over(each, best)
+        each if each is best or each.obstacle is not None else _passed_over(each, best)
         for each in candidates
     ]
 
@@ -177,11 +177,9 @@ def open_best(
     """
     candidates = rank(find_artifacts(path), device, wanted)
     alone = len(candidates) == 1
-    reasons: dict[str, str] = {}
+    reasons = {each.manifest.folder.name: each.obstacle for each in candidates if each.obstacle}
     for candidate in candidates:
-        name = candidate.manifest.folder.name
         if candidate.obstacle is not None and not alone:
-            reasons[name] = candidate.obstacle
             continue
         try:
             manifest = read_manifest(candidate.manifest.folder, verify=verify)
@@ -189,7 +187,7 @@ def open_best(
         except BackendUnavailable as error:  # a damaged artifact is not passed over in silence
             if alone:
                 raise
-            reasons[name] = str(error)
+            reasons[candidate.manifest.folder.name] = str(error)
             continue
         return Opened(backend=backend, manifest=manifest, reason=_explain(candidate, reasons))
     raise BackendUnavailable(f"no artifact in {path} can run here", reasons)
