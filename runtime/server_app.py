@@ -50,6 +50,7 @@ _PAGE = {
     "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
     "/viewer_answer.js": ("viewer_answer.js", "text/javascript; charset=utf-8"),
     "/viewer_frame.js": ("viewer_frame.js", "text/javascript; charset=utf-8"),
+    "/viewer_server.js": ("viewer_server.js", "text/javascript; charset=utf-8"),
 }
 _OPEN = frozenset({*_PAGE, "/healthz", "/openapi.json"})
 _HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]", "::1"})

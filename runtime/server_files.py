@@ -98,7 +98,7 @@ class Reader:
             except ImageError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 raise bad_request(
-                    f"the image {image_message(ImageError(reason))}", code="invalid_image"
+                    f"image: {image_message(ImageError(reason))}", code="invalid_image"
                 ) from None
         self._frames[key] = found
         while sum(each.pixels.nbytes for each in self._frames.values()) > FRAME_CACHE_BYTES:

@@ -2,17 +2,17 @@
 
 import { FrameView } from "./viewer_frame.js";
 import { Turn, make } from "./viewer_answer.js";
+import { access, call, events, sentence } from "./viewer_server.js";
 
 const get = (id) => document.getElementById(id);
 const PRESETS = ["abdomen", "bone", "brain", "liver", "lung", "mediastinum", "soft-tissue", "spine", "stroke", "subdural", "temporal-bone"];
 const SLOW_MS = 150;
 const hint = get("hint");
 
-let token = "";
 let study = null; // as the server describes it
 let slots = []; // every frame of every file: {index, frame}
 let slot = 0;
-let chosen = null; // window asked for: null as stored, else the server's words
+let windows = new Map(); // kind of image -> window asked for, in the server's words; none: as stored
 let facts = null; // of the frame shown
 let modelView = false;
 let running = null; // AbortController of the answer being written
@@ -31,46 +31,7 @@ const view = new FrameView({
   },
 });
 
-const round = (value) => Number(value.toPrecision(5));
-
-// ---- Server ----
-
-/** A response, or an Error with the server's own words. */
-async function call(path, options = {}) {
-  const headers = { ...options.headers };
-  if (token) headers.Authorization = `Bearer ${token}`;
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer. Is medmo-edge serve still running?");
-  }
-  if (response.status === 401) {
-    askToken(true);
-    throw new Error("The server needs its token.");
-  }
-  if (!response.ok) {
-    const body = await response.json().catch(() => null);
-    throw new Error(sentence(body?.error?.message ?? `The server answered ${response.status}.`));
-  }
-  return response;
-}
-
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
-
-/** Events of a stream as objects. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const blocks = (rest + value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) if (block.startsWith("data: ")) yield JSON.parse(block.slice(6));
-  }
-}
+const round = (value) => Number(value.toPrecision(4));
 
 // ---- Study ----
 
@@ -85,7 +46,7 @@ async function open(files) {
     study = opened;
     slots = study.images.flatMap(({ index, num_frames }) => Array.from({ length: num_frames }, (_, frame) => ({ index, frame })));
     slot = 0;
-    chosen = null;
+    windows = new Map();
     get("empty").hidden = true;
     document.querySelector(".tools").hidden = false;
     document.querySelector(".frames").hidden = slots.length < 2;
@@ -120,7 +81,7 @@ async function close() {
 /** Show the present slot with the window asked for. */
 async function show(keep = true) {
   const ticket = ++shows, { index, frame } = slots[slot];
-  const query = new URLSearchParams({ frame });
+  const query = new URLSearchParams({ frame }), chosen = windowOf(index);
   if (chosen !== null) query.set("window", chosen);
   const base = `/v1/studies/${study.id}/images/${index}`;
   const slow = setTimeout(() => busy("Reading image"), SLOW_MS);
@@ -133,6 +94,7 @@ async function show(keep = true) {
     await view.show(URL.createObjectURL(blob), facts, keep);
     describe();
     drawBoxes();
+    get("alerts").replaceChildren();
   } catch (error) {
     alertOf(error);
   } finally {
@@ -164,7 +126,12 @@ function placeOf(at) {
   return [image, frames > 1 ? `frame ${frame + 1} of ${frames}` : ""].filter(Boolean).join(", ");
 }
 
+/** Images of one modality share a window, as the slices of a series do. */
+const kindOf = (index) => study.images[index].dicom?.modality ?? study.images[index].format;
+const windowOf = (index) => windows.get(kindOf(index)) ?? null;
+
 function fillPresets(isCt) {
+  const chosen = windowOf(slots[slot].index);
   const names = ["", "auto", ...(isCt ? PRESETS : [])];
   const custom = chosen !== null && !names.includes(chosen);
   const options = names.map((name) => make("option", { value: name }, name ? name[0].toUpperCase() + name.slice(1).replace("-", " ") : "As stored"));
@@ -174,7 +141,7 @@ function fillPresets(isCt) {
 }
 
 function useWindow(text) {
-  chosen = text || null;
+  windows.set(kindOf(slots[slot].index), text || null);
   show();
 }
 
@@ -190,7 +157,7 @@ async function ask(body, title) {
   if (!study || running) return;
   const all = get("scope").value === "all" && study.images.length > 1;
   const { index, frame } = slots[slot];
-  const images = all ? study.images.map((image) => ({ index: image.index, frame: image.frame, window: chosen })) : [{ index, frame, window: chosen }];
+  const images = all ? study.images.map((image) => ({ index: image.index, frame: image.frame, window: windowOf(image.index) })) : [{ index, frame, window: windowOf(index) }];
   const where = all ? `All ${images.length} images` : [slots.length > 1 ? placeOf(slot) : "", get("corner-window").textContent].filter(Boolean).join(" \u00b7 ");
   hint.remove();
   const mine = new Turn(get("log"), title, where, {
@@ -282,8 +249,8 @@ function alertOf(error) {
   get("alerts").replaceChildren(box);
 }
 
-function askToken(wrong) {
-  get("token-wrong").hidden = !(wrong && token);
+function askToken() {
+  get("token-wrong").hidden = !access.token;
   if (!get("token-dialog").open) get("token-dialog").showModal();
 }
 
@@ -303,7 +270,8 @@ function theme(name) {
 
 function start() {
   const given = new URLSearchParams(location.hash.slice(1)).get("token");
-  token = given ?? sessionStorage.getItem("token") ?? "";
+  access.token = given ?? sessionStorage.getItem("token") ?? "";
+  access.refused = askToken;
   if (given) {
     sessionStorage.setItem("token", given);
     history.replaceState(null, "", location.pathname); // not in the history, not in screenshots
@@ -329,7 +297,7 @@ function start() {
   for (const button of document.querySelectorAll("[data-task]")) button.onclick = () => task(button.dataset.task);
   get("target").onkeydown = (event) => { if (event.key === "Enter") { event.preventDefault(); task("locate"); } };
   get("question").onkeydown = (event) => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); get("ask").requestSubmit(); } };
-  get("token-dialog").onclose = () => { token = get("token").value.trim(); sessionStorage.setItem("token", token); connect(); };
+  get("token-dialog").onclose = () => { access.token = get("token").value.trim(); sessionStorage.setItem("token", access.token); connect(); };
   document.addEventListener("keydown", shortcut);
   dropping();
   connect();
@@ -363,6 +331,7 @@ function task(name) {
 
 function shortcut(event) {
   if (event.key === "Escape" && running) return void running.abort();
+  if (event.key === "Escape" && event.target === get("question")) return get("viewport").focus();
   const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && event.target.type !== "range";
   if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
   const acts = {
