@@ -3,7 +3,8 @@
 Every command imports what it needs when it runs, so ``--help`` stays fast. This module turns the
 error tree into one line and an exit code; it holds no other logic.
 
-Exit codes: 0 done, 1 a bug in this package, 2 something the user can put right, 130 Ctrl-C.
+Exit codes: 0 done, 1 a check that did not pass, or a bug in this package, 2 something the user can
+put right, 130 Ctrl-C.
 """
 
 import errno
@@ -19,7 +20,19 @@ from medmo_edge import __version__
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = ("samples", "train", "calibrate", "export", "eval", "ask", "serve", "doctor", "demo")
+_IN_ORDER = (
+    "samples",
+    "train",
+    "calibrate",
+    "export",
+    "verify",
+    "eval",
+    "ask",
+    "serve",
+    "node",
+    "doctor",
+    "demo",
+)
 
 
 class _RoadGroup(click.Group):
@@ -170,6 +183,33 @@ def evaluate(**options: Any) -> None:
 
 
 @cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", metavar="CHECKPOINT", help="What it was exported from; or nano.")
+@click.option("--samples", type=click.Path(path_type=Path), help="Labelled samples (JSONL).")
+@click.option("--on-device", is_flag=True, help="Replay the golden cases of the artifact instead.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Report, .html or .md.")
+@click.option("--gates", type=click.Path(path_type=Path), help="Other limits (TOML).")
+@click.option(
+    "--unquantised",
+    type=click.Path(path_type=Path),
+    help="Unquantised artifact of the same format; default: exported for the time being.",
+)
+@click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(**options: Any) -> int:
+    """Measure ARTIFACT against its checkpoint, and certify it.
+
+    Writes the certificate into the artifact. Exit code 0 only when it passes, else 1. After Ctrl-C,
+    the same command goes on where it stopped.
+    """
+    from medmo_edge.verify import run_verify
+
+    return run_verify(**options)
+
+
+@cli.command()
 @click.argument("artifact")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @click.argument("question")
@@ -200,6 +240,7 @@ def evaluate(**options: Any) -> None:
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds.")
 @click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
+@click.option("--certified", is_flag=True, help="Refuse what is not certified for this machine.")
 @click.option("--overwrite", is_flag=True, help="Replace existing overlay and result files.")
 def ask(**options: Any) -> None:
     """Ask ARTIFACT a QUESTION about one or more images.
@@ -232,6 +273,24 @@ def serve(**options: Any) -> None:
     from medmo_edge.runtime.serve import run_serve
 
     run_serve(say=click.echo, **options)
+
+
+@cli.command()
+@click.argument("artifact", metavar="ARTIFACT|status|requeue")
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="Rules, in TOML.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
+@click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
+def node(artifact: str, config: Path, as_json: bool, backend: str, threads: int | None) -> None:
+    """Answer images that arrive by DICOM and send the results on.
+
+    status shows what a node is doing; requeue tries again what it set aside or gave up.
+    """
+    from medmo_edge.runtime.node import node_command
+
+    text = node_command(artifact, config, as_json=as_json, backend=backend, threads=threads)
+    if text:
+        click.echo(text)
 
 
 @cli.command()
