@@ -7,7 +7,7 @@ fields do.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_MESSAGES = 256
 MAX_PARTS = 64
@@ -21,6 +21,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is the integer 3 there."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Ignored = Annotated[Any, Field(description="Accepted and ignored.")]
 Absent = Annotated[None, Field(description="Not supported.")]
@@ -129,10 +135,10 @@ class Generation(Strict):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 20)] | None = None
+    top_k: Annotated[Whole, Field(ge=0, le=1 << 20)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=1024)]
         | Annotated[
@@ -140,7 +146,7 @@ class Generation(Strict):
         ]
         | None
     ) = None
-    max_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -149,11 +155,11 @@ class ChatRequest(Generation):
 
     model: Annotated[str, Field(max_length=256)]
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, le=1 << 20)] | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: Annotated[Whole, Field(ge=1, le=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -174,8 +180,8 @@ class ChatRequest(Generation):
 class ViewBody(Strict):
     """One frame of one file of a study."""
 
-    index: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
-    frame: Annotated[int, Field(ge=0, lt=1 << 20)] = 0
+    index: Annotated[Whole, Field(ge=0, lt=1 << 20)] = 0
+    frame: Annotated[Whole, Field(ge=0, lt=1 << 20)] = 0
     window: (
         Annotated[
             str, Field(max_length=64, description="CENTER,WIDTH, a preset, a number, or auto")
