@@ -1,5 +1,5 @@
 # The two commands: `make demo` runs the main job, `make test` passes the tests.
-# Both set up .venv here and work on a fresh machine with Python 3.11+, and a C++ compiler.
+# Both set up .venv here and work on a fresh machine with Python 3.11+; the tests need a C++ compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,16 +28,17 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Export and run need no torch. llama-cpp-python compiles once, a few minutes on two cores.
+# Export and run need neither torch nor a compiler: ONNX Runtime comes as a wheel.
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[llamacpp,export]"
+	$(PIP) --editable ".[cpu,export]"
 	touch $@
 
 # torch first and pinned: what comes after must not choose another build of it.
+# llama-cpp-python compiles once, a few minutes on two cores.
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) torch
-	$(PIP) --editable ".[llamacpp,export,train,dev]"
+	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[cpu,llamacpp,export,dicom,serve,optimum,train,dev]"
 	touch $@
 
 clean:

@@ -77,18 +77,20 @@ def samples(**options: Any) -> None:
 
 @cli.command()
 @click.argument("recipe")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the recipe's data sets.")
 @click.option("--resume", is_flag=True, help="Go on from the newest complete step in the output.")
-def train(recipe: str, output: Path, data: Path | None, resume: bool) -> None:
+@click.option("--stage", help="Only this stage, by name or kind (pretrain, instruct, rl).")
+@click.option("--dry-run", "plan_only", is_flag=True, help="Print what it needs; run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def train(**options: Any) -> None:
     """Train a checkpoint by RECIPE.
 
-    RECIPE is a TOML file, or nano or smoke, which are packaged.
+    RECIPE is a TOML file or one of the packaged nano, smoke, medmo-4b, medmo-8b.
     """
-    from medmo_edge.train.run import train as run_recipe
+    from medmo_edge.train.command import run_train
 
-    checkpoint = run_recipe(recipe, output, data=data, resume=resume)
-    click.echo(f"checkpoint: {checkpoint}")
+    run_train(**options)
 
 
 @cli.command()
@@ -323,7 +325,7 @@ def doctor(artifact: str | None, as_json: bool) -> None:
 def demo(output: Path) -> None:
     """Show the whole road on a radiograph drawn on the spot.
 
-    Exports the packaged MedMO-nano to gguf-q8_0, asks two questions, draws the boxes.
+    Exports the packaged MedMO-nano to onnx-int8, asks two questions, draws the boxes.
     """
     from medmo_edge.demo import run_demo
 
