@@ -190,7 +190,9 @@ def open_session(path: Path, settings: Settings, interrupt: Interrupt) -> Any:
     """
     library = load_library()
     options = _options(library, settings)
-    providers = [settings.provider, CPU] if settings.provider != CPU else [CPU]
+    # A provider that is not there, or cannot start, leaves its place to the next one.
+    known = set(library.get_available_providers())
+    providers = [each for each in dict.fromkeys((settings.provider, CPU)) if each in known]
 
     def load() -> Any:
         return library.InferenceSession(
