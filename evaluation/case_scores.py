@@ -71,6 +71,13 @@ def _judged(judge: Callable[[Case, str], Judged]) -> Callable[[Case, Said], Scor
     return score
 
 
+def _count(case: Case, said: Said) -> Score:
+    """The whole number exactly, with how far off it is beside it."""
+    verdict = rules.judge_count(said.text, case.gold)
+    off = {"count_off_by": abs(int(verdict.said) - int(case.gold))} if verdict.read else {}
+    return Score(value=float(verdict.right), read=verdict.read, said=verdict.said, parts=off)
+
+
 def _open(case: Case, said: Said) -> Score:
     """Exact match, with word overlap beside it: an open answer is rarely word for word."""
     verdict = rules.judge_open(said.text, case.gold)
@@ -198,7 +205,7 @@ RULES: dict[str, Rule] = {
     ),
     "count": Rule(
         "accuracy",
-        _judged(lambda case, text: rules.judge_count(text, case.gold)),
+        _count,
         "Count: the first whole number of the answer, exactly.",
     ),
     "mmmu_choice": Rule(

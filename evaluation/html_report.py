@@ -29,6 +29,7 @@ MEANINGS = {
     "share_at_0.7": "part of the boxes found with IoU 0.7 or more, averaged over questions",
     "union_iou": "IoU of the areas that all boxes cover together",
     "count_error": "difference between the number of boxes said and true",
+    "count_off_by": "difference between the number answered and the true one, where one was read",
     "precision_at_0.5": "part of the boxes said that are right (IoU 0.5)",
     "recall_at_0.5": "part of the true boxes that were found (IoU 0.5)",
     "f1_at_0.5": "harmonic mean of the two",

@@ -1,4 +1,4 @@
-"""Scores of answers against labels: boxes, presence, counts, with baselines and intervals.
+"""Scores of answers against labels: boxes and short answers, with baselines and intervals.
 
 Mean IoU here is over truth boxes: per image, truth and predicted boxes are paired by the
 Hungarian method on IoU; a truth box without partner counts 0. Boxes too many do not lower it, so
@@ -53,16 +53,6 @@ class AnswerScore:
     num_answers: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CountScore:
-    """Exact counts and mean absolute error, each with the best constant's; unread is wrong."""
-
-    exact: AnswerScore
-    mean_error: float
-    baseline_error: float
-    unread: int
-
-
 def match_image(truth: Sequence[XYXY], predicted: Sequence[XYXY]) -> ImageMatch:
     """Pair the boxes of one image; both are XYXY in the same pixels, of one label."""
     overlaps = pairwise_iou(truth, predicted)
@@ -110,36 +100,10 @@ def answer_score(truth: Sequence[str], answers: Sequence[str], seed: int = 0) ->
     )
 
 
-def count_score(truth: Sequence[int], answers: Sequence[str], seed: int = 0) -> CountScore:
-    """Counts are the first whole number of an answer; the error's best constant is the median."""
-    counts = [read_count(text) for text in answers]
-    known = [(found, want) for found, want in zip(counts, truth, strict=True) if found is not None]
-    exact = answer_score(
-        [str(value) for value in truth],
-        ["" if value is None else str(value) for value in counts],
-        seed,
-    )
-    middle = float(np.median(truth))
-    return CountScore(
-        exact=exact,
-        mean_error=float(np.mean([abs(found - want) for found, want in known]))
-        if known
-        else float("nan"),
-        baseline_error=float(np.mean(np.abs(np.asarray(truth) - middle))),
-        unread=len(counts) - len(known),
-    )
-
-
 def normalise(answer: str) -> str:
     """Lower case, first sentence, no punctuation: "Yes." and "yes" are the same answer."""
     first = re.split(r"[.,;!\n]", answer.strip().lower(), maxsplit=1)[0]
     return " ".join(first.split())
-
-
-def read_count(answer: str) -> int | None:
-    """The first whole number in ``answer``, None without one."""
-    found = re.search(r"\d{1,6}", answer)
-    return int(found[0]) if found else None
 
 
 def bootstrap(

@@ -40,6 +40,7 @@ _AVERAGED = (
     "share_at_0.7",
     "union_iou",
     "count_error",
+    "count_off_by",
 )
 
 

@@ -11,10 +11,8 @@ from medmo_edge.evaluation.scores import (
     answer_score,
     bootstrap,
     box_score,
-    count_score,
     match_image,
     normalise,
-    read_count,
 )
 
 SQUARE = (0.0, 0.0, 10.0, 10.0)
@@ -89,22 +87,6 @@ def test_yes_and_no_against_the_majority() -> None:
     assert score.accuracy == 0.75
     assert (score.baseline, score.baseline_answer, score.num_answers) == (0.75, "yes", 4)
     assert score.interval[0] < 0.75 < score.interval[1]
-
-
-def test_counts() -> None:
-    score = count_score([1, 3, 1, 5], ["1", "There are 2.", "none", "5."])
-    assert score.exact.accuracy == 0.5
-    assert (score.exact.baseline, score.exact.baseline_answer) == (0.5, "1")
-    assert score.mean_error == pytest.approx(1 / 3)  # over the three that were read
-    assert score.baseline_error == pytest.approx((1 + 1 + 1 + 3) / 4)  # the median is 2
-    assert score.unread == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("12", 12), ("about 7 cells", 7), ("none", None), ("", None)]
-)
-def test_reading_a_count(text: str, expected: int | None) -> None:
-    assert read_count(text) == expected
 
 
 @pytest.mark.parametrize("text", ["Yes.", "yes", " YES! ", "Yes, there is one.", "yes\nindeed"])
