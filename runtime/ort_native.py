@@ -219,6 +219,8 @@ def _options(library: Any, settings: Settings) -> Any:
     entry("session.force_spinning_stop", "1")
     # fp8 graphs with fp32 activations do not load otherwise (microsoft/onnxruntime #22269).
     entry("session.disable_quant_qdq", "1")
+    # Processors with AVX2 but without VNNI would let sums of int8 products overflow.
+    entry("session.x64quantprecision", "1")
     return options
 
 
