@@ -153,11 +153,11 @@ class Queue:
         return int(rows[0][0])
 
     def begin(self, now: float) -> Instance | None:
-        """The oldest instance whose turn it is; that it was begun is durable when this returns."""
+        """The oldest of those begun least often; that it was begun is durable on return."""
         with self._change() as db:
             row = db.execute(
                 "SELECT id, uid, calling, file, attempts, received FROM instances "
-                "WHERE state = 'waiting' AND not_before <= ? ORDER BY id LIMIT 1",
+                "WHERE state = 'waiting' AND not_before <= ? ORDER BY attempts, id LIMIT 1",
                 (now,),
             ).fetchone()
             if row is None:

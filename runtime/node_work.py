@@ -1,9 +1,10 @@
 """The answering side of a DICOM node: one instance after the other, from the queue to its results.
 
 What an instance cannot be asked goes to the quarantine with a reason; what the machine cannot do
-now (full disk, no memory) is tried again later. An instance that ends the process three times is
-set aside, so that it cannot stop the node for ever. Reasons in log and queue are words of this
-program; the full text of an error, which may quote the file, stays beside the file.
+now (full disk, no memory) is tried again later. An instance that ends the process again and again
+waits behind the others and is set aside in the end, so that it cannot stop the node for ever.
+Reasons in log and queue are words of this program; the full text of an error, which may quote the
+file, stays beside the file.
 """
 
 import errno
@@ -23,7 +24,7 @@ from medmo_edge.runtime.node_spool import INCOMING, RESULTS, Spool
 from medmo_edge.runtime.results import KINDS, ResultOptions, check_sources
 from medmo_edge.runtime.session import Session, Study
 
-MAX_ATTEMPTS = 3
+MAX_ATTEMPTS = 5
 POSTPONE_SECONDS = 30.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _IDLE_SECONDS = 1.0
