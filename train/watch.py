@@ -1,7 +1,7 @@
 """Look at a model in training: ask it about held-out pictures in plain words, score the answers.
 
-The figures steer nothing: no step is chosen by them. A finished checkpoint or artifact is measured by
-``medmo-edge eval`` with the benchmarks bccd and phantoms, which ask the same questions.
+The figures steer nothing: no step is chosen by them. A finished checkpoint or artifact is measured
+by ``medmo-edge eval`` with the benchmarks bccd and phantoms, which ask the same questions.
 """
 
 from collections.abc import Sequence
