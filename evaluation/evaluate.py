@@ -6,7 +6,7 @@ Printing is the command's business (``eval_command``), pages are the report's (`
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class EvalOptions:
     data: Path | None = None
     output: Path | None = None
     limit: int | None = None
+    max_new_tokens: int | None = None
     skip_broken: bool = False
     scorers: tuple[str, ...] = ()
     backend: str = "auto"
@@ -71,6 +72,7 @@ def evaluate(options: EvalOptions, progress: Progress | None = None) -> Run:
     questions = load_questions(
         options.benchmark, options.data, limit=options.limit, skip_broken=options.skip_broken
     )
+    questions = _with_tokens(questions, options.max_new_tokens)
     with open_model(
         options.model,
         backend=options.backend,
@@ -87,6 +89,14 @@ def evaluate(options: EvalOptions, progress: Progress | None = None) -> Run:
     if options.output:
         write_run(options.output, finished)
     return finished
+
+
+def _with_tokens(questions: Questions, tokens: int | None) -> Questions:
+    """The same questions with another limit of new tokens."""
+    if tokens is None:
+        return questions
+    cases = tuple(replace(case, max_new_tokens=tokens) for case in questions.cases)
+    return replace(questions, cases=cases)
 
 
 def _result(

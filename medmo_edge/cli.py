@@ -165,6 +165,7 @@ def export(checkpoint: str, target: str, output: Path, as_json: bool, **options:
     "-o", "--output", type=click.Path(path_type=Path), help="Folder; a run goes on there."
 )
 @click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be read.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Instead of the benchmark's own.")
 @click.option("--scorer", "scorers", multiple=True, help="Plug-in, package.module:function.")
 @click.option("--probe-coords", is_flag=True, help="Which coordinate convention the model writes.")
 @click.option("--compare", nargs=2, type=click.Path(path_type=Path), help="Two output folders.")
