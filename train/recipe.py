@@ -1,36 +1,22 @@
 """Recipes: one TOML file that fixes everything a training run depends on, read into dataclasses.
 
-An unknown key, a missing key or a value of the wrong type is a RecipeError, never a default. Only
-the supervised recipe exists so far. A recipe names no file: data come by argument.
+An unknown key, a missing key or a value of the wrong type is a RecipeError, never a default. Here
+are recipes that train a small model from nothing; ``stages`` has those that start from a
+checkpoint. A recipe names no file: data come by argument.
 """
 
 import dataclasses
 import hashlib
 import json
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
 
 from medmo_edge.errors import RecipeError
+from medmo_edge.model_config import TextConfig, VisionConfig
+from medmo_edge.train.recipe_toml import Document, build, parse
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL's; a recipe cannot change the architecture's grid
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextModel:
-    """Language model sizes; ``mrope_section`` counts rotary frequencies (time, row, column)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float
-    mrope_section: tuple[int, ...]
-    max_positions: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +29,22 @@ class VisionModel:
     num_heads: int
     position_side: int
     deepstack_layers: tuple[int, ...]
+
+    def config(self, out_hidden_size: int) -> VisionConfig:
+        """The tower as a checkpoint's config has it; ``out_hidden_size`` is the text's width."""
+        return VisionConfig(
+            depth=self.num_layers,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_heads=self.num_heads,
+            patch_size=PATCH,
+            temporal_patch_size=TEMPORAL,
+            merge_size=MERGE,
+            num_position_embeddings=self.position_side**2,
+            out_hidden_size=out_hidden_size,
+            deepstack_indexes=self.deepstack_layers,
+            in_channels=3,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +106,12 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One whole run. Equal recipe, data and thread count give the equal checkpoint."""
+    """One whole run from nothing. Equal recipe, data and threads give the equal checkpoint."""
 
     name: str
     seed: int
     threads: int
-    text: TextModel
+    text: TextConfig
     vision: VisionModel
     tokenizer: TokenizerSpec
     data: DataSpec
@@ -134,86 +136,116 @@ class Recipe:
     @property
     def sha256(self) -> str:
         """Identity of the recipe, kept beside saved steps so that a resume cannot mix two runs."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = dataclasses.asdict(self)
+        values["text"] = {k: v for k, v in values["text"].items() if k not in _NOT_WRITTEN}
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
-    """Read a packaged recipe ("nano", "smoke") or a TOML file.
+# Fields of TextConfig that no [text] table says: they follow from the rest.
+_NOT_WRITTEN = ("rms_norm_eps", "tie_word_embeddings", "vocab_size")
 
-    Errors: RecipeError with the file and the key that is wrong.
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Read a packaged recipe ("nano", "smoke") or a TOML file that trains from nothing.
+
+    Errors: RecipeError with the file, the line and the key that is wrong; also for a recipe of
+    stages, which the loop of this package cannot run.
     """
-    source, text = _read(name_or_path)
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {source} is not valid TOML: {error}") from error
-    recipe: Recipe = _build(Recipe, values, source)
-    _check(recipe, source)
+    document = read_document(name_or_path)
+    if is_staged(document):
+        raise RecipeError(
+            f"recipe {document.source} starts from the checkpoint {document.values.get('base')!r}, "
+            "which cannot be trained here yet: see what it needs with --dry-run, or train nano"
+        )
+    return read_recipe(document)
+
+
+def is_staged(document: Document) -> bool:
+    """Whether the recipe starts from a checkpoint and goes through stages."""
+    return "stages" in document.values or "base" in document.values
+
+
+def read_recipe(document: Document) -> Recipe:
+    """A recipe from nothing. Errors: RecipeError."""
+    tokenizer = document.values.get("tokenizer")
+    rows = tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else 0
+    fixed = {"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "vocab_size": rows}
+    recipe: Recipe = build(Recipe, document, given={TextConfig: fixed})
+    _check(recipe, document)
     return recipe
 
 
-def _read(name_or_path: str | Path) -> tuple[str, str]:
+def read_document(name_or_path: str | Path) -> Document:
+    """A packaged recipe by name, or a TOML file. Errors: RecipeError."""
     packaged = resources.files("medmo_edge.train") / f"{name_or_path}.toml"
     try:
         if "/" not in str(name_or_path) and packaged.is_file():
-            return str(name_or_path), packaged.read_text(encoding="utf-8")
-        return str(name_or_path), Path(name_or_path).read_text(encoding="utf-8")
+            text = packaged.read_text(encoding="utf-8")
+        else:
+            text = Path(name_or_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"recipe {name_or_path} cannot be read: give nano, smoke or a TOML file ({error})"
+            f"recipe {name_or_path} cannot be read: give nano, smoke, medmo-4b, medmo-8b or a TOML "
+            f"file ({error})"
         ) from error
+    return parse(text, str(name_or_path))
 
 
-def _build(kind: Any, values: Any, where: str) -> Any:
-    """``values`` as an instance of the dataclass ``kind``; tables nest, arrays become tuples."""
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {where}: expected a table")
-    hints = get_type_hints(kind)
-    unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
-    if unknown:
-        raise RecipeError(f"recipe {where}: unknown key {unknown[0]!r}")
-    if missing:
-        raise RecipeError(f"recipe {where}: key {missing[0]!r} is missing")
-    return kind(**{key: _value(hints[key], values[key], f"{where}: {key}") for key in values})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise RecipeError(f"recipe {where} must be a list")
-        return tuple(_value(get_args(hint)[0], item, where) for item in value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise RecipeError(f"recipe {where} must be of type {hint.__name__}, not {value!r}")
-    return value
-
-
-def _check(recipe: Recipe, source: str) -> None:
+def _check(recipe: Recipe, document: Document) -> None:
     """Values that would only fail hours later, or never and train nonsense."""
-    text, vision = recipe.text, recipe.vision
     token = (PATCH * MERGE) ** 2
-    rules = {
-        "phases must not be empty": bool(recipe.phases),
-        "text.num_heads must be a multiple of num_kv_heads": text.num_heads % text.num_kv_heads
-        == 0,
-        "text.mrope_section must sum to head_dim / 2": sum(text.mrope_section) * 2 == text.head_dim,
-        "vision.hidden_size must be a multiple of 4 * num_heads": vision.hidden_size
-        % (4 * vision.num_heads)
-        == 0,
-        "vision.deepstack_layers must be vision layers": all(
-            0 <= layer < vision.num_layers for layer in vision.deepstack_layers
+    data, phases = recipe.data, recipe.phases
+    rules = size_rules(recipe.text, recipe.vision) | {
+        ("phases",): ("phases must not be empty", bool(phases)),
+        ("data", "blood_share"): (
+            "blood_share must be in 0..1",
+            0 <= data.blood_share <= 1,
         ),
-        "data.blood_share must be in 0..1": 0 <= recipe.data.blood_share <= 1,
-        "data.phantoms must be at least 1": recipe.data.phantoms >= 1,
-        "phases need steps, rows and one vision token of pixels": all(
-            phase.steps > 0 and phase.rows > 0 and token <= phase.min_pixels <= phase.max_pixels
-            for phase in recipe.phases
+        ("data", "phantoms"): ("phantoms must be at least 1", data.phantoms >= 1),
+    }
+    for index, phase in enumerate(phases):
+        positive = phase.steps > 0 and phase.rows > 0
+        rules[("phases", index)] = (
+            "phases need steps, rows and one vision token of pixels",
+            positive and token <= phase.min_pixels <= phase.max_pixels,
+        )
+    require(rules, document)
+
+
+Rules = dict[tuple[str | int, ...], tuple[str, bool]]
+
+
+def size_rules(text: TextConfig, vision: VisionModel) -> Rules:
+    """What the sizes of any Qwen3-VL must fulfil, under the path of the key that breaks it."""
+    layers = range(vision.num_layers)
+    return {
+        ("text", "num_heads"): (
+            "num_heads must be a multiple of num_kv_heads",
+            is_multiple(text.num_heads, text.num_kv_heads),
+        ),
+        ("text", "mrope_section"): (
+            "mrope_section must sum to head_dim / 2",
+            sum(text.mrope_section) * 2 == text.head_dim,
+        ),
+        ("vision", "hidden_size"): (
+            "hidden_size must be a multiple of 4 * num_heads",
+            is_multiple(vision.hidden_size, 4 * vision.num_heads),
+        ),
+        ("vision", "deepstack_layers"): (
+            "deepstack_layers must be vision layers",
+            all(layer in layers for layer in vision.deepstack_layers),
         ),
     }
-    for rule, holds in rules.items():
+
+
+def is_multiple(value: int, of: int) -> bool:
+    """Whether ``value`` is a positive multiple of ``of``."""
+    return value > 0 and of > 0 and value % of == 0
+
+
+def require(rules: Rules, document: Document) -> None:
+    """Errors: RecipeError with the line of the first rule that does not hold."""
+    for path, (rule, holds) in rules.items():
         if not holds:
-            raise RecipeError(f"recipe {source}: {rule}")
+            raise document.refuse(path, rule)

@@ -1,0 +1,254 @@
+"""Recipes of stages: from a checkpoint through pretrain, instruct and rl, as MedMO was trained.
+
+Stages are data: every setting of a stage is in the TOML file, under the same keys for all of one
+kind. This module reads and checks them; it trains nothing. Settings that are not published are
+marked in the files as ours.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medmo_edge.errors import RecipeError
+from medmo_edge.model_config import ModelConfig, TextConfig
+from medmo_edge.samples import TASKS
+from medmo_edge.train.recipe import (
+    MERGE,
+    PATCH,
+    Rules,
+    VisionModel,
+    is_multiple,
+    is_staged,
+    read_document,
+    require,
+    size_rules,
+)
+from medmo_edge.train.recipe_toml import Document, build, suggest
+from medmo_edge.train.rewards import REWARDS
+
+Module = Literal["vision", "merger", "language"]
+Kind = Literal["pretrain", "instruct", "rl"]
+Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the recipe is planned for; ``utilisation`` is the part of the peak that is reached."""
+
+    devices: int
+    device_memory_gib: float
+    peak_teraflops: float
+    utilisation: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """AdamW and its schedule; ``warmup_ratio`` is of the stage's steps."""
+
+    learning_rate: float
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_ratio: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollouts:
+    """Groups of answers for GRPO; tokens are means (``mean_*``) or bounds (``max_*``)."""
+
+    num_generations: int
+    max_prompt_tokens: int
+    max_completion_tokens: int
+    mean_completion_tokens: int
+    temperature: float
+    engine: Literal["generate", "vllm-colocate", "vllm-server"]
+    engine_memory: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """GRPO with DAPO's settings, under TRL's names."""
+
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"]
+    epsilon: float
+    epsilon_high: float
+    beta: float
+    scale_rewards: Literal["group", "batch", "none"]
+    num_iterations: int
+    mask_truncated_completions: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One supervised stretch of training on ``samples`` samples, ``epochs`` times.
+
+    ``rows`` samples a device and step, ``accumulation`` times. ``text_tokens`` and
+    ``answer_tokens`` are means per sample, the second within the first. ``lora_rank`` 0 trains the
+    modules in full. ``mixture`` weighs the tasks.
+    """
+
+    name: str
+    kind: Kind
+    samples: int
+    epochs: float
+    min_pixels: int
+    max_pixels: int
+    text_tokens: int
+    answer_tokens: int
+    trainable: tuple[Module, ...]
+    lora_rank: int
+    rows: int
+    accumulation: int
+    sharding: Sharding
+    offload: bool
+    gradient_checkpointing: bool
+    tuning: Tuning
+    mixture: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RlStage(Stage):
+    """A stretch of reinforcement learning; ``rewards`` weighs ``medmo_edge.train.rewards``."""
+
+    rollouts: Rollouts
+    objective: Objective
+    rewards: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedRecipe:
+    """A whole road from the checkpoint ``base``, whose sizes are in ``text`` and ``vision``."""
+
+    name: str
+    base: str
+    seed: int
+    precision: Literal["bfloat16"]
+    text: TextConfig
+    vision: VisionModel
+    machine: Machine
+    stages: tuple[Stage, ...]
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture as a checkpoint's config has it."""
+        return model_of(self.text, self.vision)
+
+
+def model_of(text: TextConfig, vision: VisionModel) -> ModelConfig:
+    """The architecture of these sizes; token ids are unknown to a recipe and 0."""
+    return ModelConfig(
+        text=text,
+        vision=vision.config(text.hidden_size),
+        image_token_id=0,
+        video_token_id=0,
+        vision_start_token_id=0,
+        vision_end_token_id=0,
+        eos_token_ids=(0,),
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+
+
+def load_stages(name_or_path: str | Path) -> StagedRecipe:
+    """Read a packaged recipe ("medmo-4b", "medmo-8b") or a TOML file of stages.
+
+    Errors: RecipeError with the file, the line and the key that is wrong.
+    """
+    document = read_document(name_or_path)
+    if not is_staged(document):
+        raise RecipeError(f"recipe {document.source} has no stages: it trains from nothing")
+    return read_stages(document)
+
+
+def read_stages(document: Document) -> StagedRecipe:
+    """The stages of a parsed recipe. Errors: RecipeError."""
+    entries = document.values.get("stages", [])
+    if not isinstance(entries, list) or not entries:
+        raise document.refuse(("stages",), "stages must be a list of tables, [[stages]]")
+    stages = tuple(_read_stage(document, index) for index in range(len(entries)))
+    whole = {name: value for name, value in document.values.items() if name != "stages"}
+    rest = dataclasses.replace(document, values=whole)
+    recipe: StagedRecipe = build(StagedRecipe, rest, given={StagedRecipe: {"stages": stages}})
+    _check(recipe, document)
+    return recipe
+
+
+def _read_stage(document: Document, index: int) -> Any:
+    entry = document.values["stages"][index]
+    is_rl = isinstance(entry, dict) and entry.get("kind") == "rl"
+    return build(RlStage if is_rl else Stage, document, ("stages", index))
+
+
+def _check(recipe: StagedRecipe, document: Document) -> None:
+    """Values that would only fail after hours on many machines."""
+    machine = recipe.machine
+    rules: Rules = size_rules(recipe.text, recipe.vision)
+    rules[("machine",)] = (
+        "devices, memory and speed must be above 0, utilisation in 0..1",
+        machine.devices > 0
+        and machine.device_memory_gib > 0
+        and machine.peak_teraflops > 0
+        and 0 < machine.utilisation <= 1,
+    )
+    names = [stage.name for stage in recipe.stages]
+    for index, stage in enumerate(recipe.stages):
+        rules |= _stage_rules(stage, ("stages", index), names.count(stage.name) == 1)
+    require(rules, document)
+
+
+def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_named_once: bool) -> Rules:
+    token = (PATCH * MERGE) ** 2
+    positive = min(stage.samples, stage.epochs, stage.rows, stage.accumulation) > 0
+    rules: Rules = {
+        (*path, "name"): ("stages need different names", is_named_once and bool(stage.name)),
+        (*path, "samples"): ("samples, epochs, rows and accumulation must be above 0", positive),
+        (*path, "max_pixels"): (
+            "min_pixels must be one vision token or more and max_pixels no less",
+            token <= stage.min_pixels <= stage.max_pixels,
+        ),
+        (*path, "answer_tokens"): (
+            "answer_tokens must be above 0 and at most text_tokens",
+            0 < stage.answer_tokens <= stage.text_tokens,
+        ),
+        (*path, "trainable"): (
+            "trainable must name each module once, at least one",
+            len(set(stage.trainable)) == len(stage.trainable) > 0,
+        ),
+        (*path, "lora_rank"): ("lora_rank must be 0 or more", stage.lora_rank >= 0),
+        (*path, "offload"): (
+            "offload needs sharding zero3 or fsdp2",
+            not stage.offload or stage.sharding in ("zero3", "fsdp2"),
+        ),
+        (*path, "mixture"): _weights_rule("mixture", stage.mixture, TASKS),
+    }
+    return rules | (_rl_rules(stage, path) if isinstance(stage, RlStage) else {})
+
+
+def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
+    rollouts, objective = stage.rollouts, stage.objective
+    return {
+        (*path, "rewards"): _weights_rule("rewards", stage.rewards, tuple(REWARDS)),
+        (*path, "rollouts", "num_generations"): (
+            "num_generations must be 2 or more: an advantage is a difference",
+            rollouts.num_generations >= 2,
+        ),
+        (*path, "rollouts"): (
+            "rows * accumulation must be a multiple of num_generations",
+            is_multiple(stage.rows * stage.accumulation, rollouts.num_generations),
+        ),
+        (*path, "objective", "epsilon"): (
+            "epsilon must be above 0 and epsilon_high no less",
+            0 < objective.epsilon <= objective.epsilon_high,
+        ),
+    }
+
+
+def _weights_rule(name: str, weights: dict[str, float], known: tuple[str, ...]) -> tuple[str, bool]:
+    unknown = sorted(weights.keys() - set(known))
+    if unknown:
+        return f"{name} has unknown {unknown[0]!r}{suggest(unknown[0], list(known))}", False
+    positive = bool(weights) and min(weights.values()) >= 0 and sum(weights.values()) > 0
+    return f"{name} needs weights, none below 0, with a sum above 0", positive
