@@ -48,19 +48,21 @@ class Recipe:
     dtype: GraphDtype = "float32"
     matrix: Encoding = FLOAT
     head: Encoding = FLOAT
-    vision: Encoding = FLOAT
-    merger: Encoding = FLOAT
+    vision_normed: Encoding = FLOAT
+    vision_free: Encoding = FLOAT
 
 
 _INT8 = Encoding(kind="nbits", bits=8, block=32)
 _INT4 = Encoding(kind="nbits", bits=4, block=32)
+_DYNAMIC = Encoding(kind="dynamic")
+_DYNAMIC_ROWS = Encoding(kind="dynamic", per_token=True)
 
 #: by target weights, for ONNX Runtime; the rows of TensorRT are its backend's business
 RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(),
     "fp16": Recipe(dtype="float16"),
-    "int8": Recipe(matrix=_INT8, head=_INT8),
-    "int4": Recipe(matrix=_INT4, head=_INT8),
+    "int8": Recipe(matrix=_INT8, head=_INT8, vision_normed=_DYNAMIC, vision_free=_DYNAMIC_ROWS),
+    "int4": Recipe(matrix=_INT4, head=_INT8, vision_normed=_DYNAMIC, vision_free=_DYNAMIC_ROWS),
 }
 
 
@@ -107,7 +109,7 @@ def plan_onnx(
         activation_scales=options.activation_scales,
     )
     vision = VisionPlan(
-        form=options.form, dtype=recipe.dtype, matrix=recipe.vision, merger=recipe.merger
+        form=options.form, dtype=recipe.dtype, normed=recipe.vision_normed, free=recipe.vision_free
     )
     return OnnxPlan(
         form=options.form,

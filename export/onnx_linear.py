@@ -47,13 +47,15 @@ class Encoding:
     """How a matrix is stored.
 
     ``float``: in the graph's type. ``nbits``: MatMulNBits, ``bits`` 8 or 4 in blocks. ``dynamic``:
-    int8 per output channel, activations to 8 bits at run time. ``int4`` and ``fp8``: plain ONNX
-    (DequantizeLinear); fp8 activations need a scale from calibration.
+    int8 per output channel, activations to 8 bits at run time, scaled by the largest of the whole
+    input or, with ``per_token``, of each row. ``int4`` and ``fp8``: plain ONNX (DequantizeLinear);
+    fp8 activations need a scale from calibration.
     """
 
     kind: Kind
     bits: int = 0
     block: int = 0
+    per_token: bool = False
 
     @property
     def label(self) -> str:
@@ -236,8 +238,16 @@ def _nbits(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -
 
 def _dynamic(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
     codes, scales = _per_channel(weights, name, "INT8", encode_int8)
-    optional = ["", weights.vector(bias)] if bias else []
-    return weights.graph.add("DynamicQuantizeMatMul", x, codes, scales, *optional, domain=CONTRIB)
+    if not encoding.per_token:
+        optional = ["", weights.vector(bias)] if bias else []
+        inputs = (x, codes, scales, *optional)
+        return weights.graph.add("DynamicQuantizeMatMul", *inputs, domain=CONTRIB)
+    # The operator has one scale for its whole input: divide every row by its largest value first.
+    graph = weights.graph
+    largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant([-1]), keepdims=1)
+    size = graph.add("Max", largest, graph.constant(1e-12, np.float32))
+    y = graph.add("DynamicQuantizeMatMul", graph.add("Div", x, size), codes, scales, domain=CONTRIB)
+    return weights.add_bias(graph.add("Mul", y, size), bias)
 
 
 def _fp8(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:

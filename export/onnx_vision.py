@@ -29,12 +29,16 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionPlan:
-    """What to build: ``matrix`` stores the matrices of the blocks, ``merger`` those of mergers."""
+    """What to build: ``normed`` stores matrices whose input is normalised, ``free`` all others.
+
+    Rows of a free input differ by orders of magnitude (a few patches of a trained tower carry huge
+    values), so whatever rounds activations must do it row by row there.
+    """
 
     form: Form = "gqa"
     dtype: GraphDtype = "float32"
-    matrix: Encoding = FLOAT
-    merger: Encoding = FLOAT
+    normed: Encoding = FLOAT
+    free: Encoding = FLOAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +113,7 @@ def _rotary_tables(graph: Graph, vision: VisionConfig, plan: VisionPlan) -> tupl
 def _embed(build: _Build) -> str:
     """Patch embedding plus the interpolated position embedding."""
     graph, prefix = build.graph, _VISION
-    patches = build.weights.linear(
-        "pixel_values",
-        f"{prefix}patch_embed.proj.weight",
-        FLOAT,
-        f"{prefix}patch_embed.proj.bias",
-    )
+    patches = _linear(build, "pixel_values", f"{prefix}patch_embed.proj", FLOAT)
     corners = graph.add("Gather", build.weights.vector(f"{prefix}pos_embed.weight"), "pos_idx")
     weight = _to_graph_dtype(build, "pos_weight")
     weighted = graph.add("Mul", corners, graph.add("Unsqueeze", weight, graph.constant([-1])))
@@ -135,30 +134,22 @@ def _block(build: _Build, index: int, x: str, pending: str) -> tuple[str, str]:
     normed, x = _add_norm(build, x, pending, f"{prefix}norm1")
     output = _attention(build, normed, f"{prefix}attn.")
     normed, x = _add_norm(build, x, output, f"{prefix}norm2")
-    inner = _linear(build, normed, f"{prefix}mlp.linear_fc1")
+    inner = _linear(build, normed, f"{prefix}mlp.linear_fc1", build.plan.normed)
     active = build.graph.add("Gelu", inner, approximate="tanh")
-    return x, _linear(build, active, f"{prefix}mlp.linear_fc2")
+    return x, _linear(build, active, f"{prefix}mlp.linear_fc2", build.plan.free)
 
 
-def _linear(build: _Build, x: str, name: str) -> str:
-    return build.weights.linear(x, f"{name}.weight", build.plan.matrix, f"{name}.bias")
+def _linear(build: _Build, x: str, name: str, encoding: Encoding) -> str:
+    return build.weights.linear(x, f"{name}.weight", encoding, f"{name}.bias")
 
 
 def _add_norm(build: _Build, x: str, pending: str, name: str) -> tuple[str, str]:
-    """(layer norm of x + pending, x + pending)."""
-    if not pending or build.plan.form == "scatter":
-        total = _settle(build, x, pending)
-        return _layer_norm(build, total, name), total
-    number = len(build.graph.nodes)
-    vectors = [build.weights.vector(f"{name}.{part}") for part in ("weight", "bias")]
-    normed, _, _, total = build.graph.add_many(
-        "SkipLayerNormalization",
-        *(x, pending, *vectors),
-        outputs=[f"norm_{number}", "", "", f"sum_{number}"],
-        domain=CONTRIB,
-        epsilon=_EPSILON,
-    )
-    return normed, total
+    """(layer norm of x + pending, x + pending).
+
+    Two nodes on purpose: ONNX Runtime's fused SkipLayerNormalization is three times slower on CPU.
+    """
+    total = _settle(build, x, pending)
+    return _layer_norm(build, total, name), total
 
 
 def _settle(build: _Build, x: str, pending: str) -> str:
@@ -173,11 +164,11 @@ def _layer_norm(build: _Build, x: str, name: str) -> str:
 def _attention(build: _Build, x: str, prefix: str) -> str:
     """All patches of one image see each other; rotary angles in float32."""
     graph = build.graph
-    joined = _linear(build, x, f"{prefix}qkv")
+    joined = _linear(build, x, f"{prefix}qkv", build.plan.normed)
     parts = graph.add_many("Split", joined, outputs=3, axis=-1, num_outputs=3)
     attend = _fused_attention if build.plan.form == "gqa" else _plain_attention
     attended = attend(build, parts)
-    return _linear(build, attended, f"{prefix}proj")
+    return _linear(build, attended, f"{prefix}proj", build.plan.free)
 
 
 def _fused_attention(build: _Build, parts: list[str]) -> str:
@@ -230,9 +221,5 @@ def _merge(build: _Build, x: str, name: str, *, norm_first: bool) -> str:
     joined = graph.add("Reshape", normed, graph.constant([0, -1, width]))
     if not norm_first:
         joined = _layer_norm(build, joined, f"{prefix}norm")
-    inner = _merger_linear(build, joined, f"{prefix}linear_fc1")
-    return _merger_linear(build, graph.add("Gelu", inner), f"{prefix}linear_fc2")
-
-
-def _merger_linear(build: _Build, x: str, name: str) -> str:
-    return build.weights.linear(x, f"{name}.weight", build.plan.merger, f"{name}.bias")
+    inner = _linear(build, joined, f"{prefix}linear_fc1", build.plan.normed)
+    return _linear(build, graph.add("Gelu", inner), f"{prefix}linear_fc2", build.plan.free)
