@@ -86,7 +86,11 @@ def write_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
 
 
 def write_text_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
-    """The text decoder of ``write_checkpoint`` alone, as a Qwen3ForCausalLM folder."""
+    """The text decoder of ``write_checkpoint`` alone, as a Qwen3ForCausalLM folder.
+
+    Embeddings are untied: the builder of onnxruntime-genai 0.18 writes a graph that refers to a
+    tensor it lacks when a tied head has other bits than the body.
+    """
     folder.mkdir(parents=True)
     whole = _config(size)
     config = whole["text_config"] | {
@@ -94,6 +98,7 @@ def write_text_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
         "model_type": "qwen3",
         "attention_bias": False,
         "dtype": "bfloat16",
+        "tie_word_embeddings": False,
     }
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     _write_json(folder / "config.json", config)
@@ -105,6 +110,7 @@ def write_text_checkpoint(folder: Path, size: str, tokenizer: Path) -> None:
         for name, shape in _tensors(whole).items()
         if name.startswith((_PREFIX, "lm_head"))
     }
+    shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     _write_weights(folder, shapes)
 
 
