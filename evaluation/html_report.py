@@ -154,7 +154,7 @@ def _groups(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 found.get("interval"),
                 found.get("baseline"),
             )
-            | {"label": label, "count": found["num_questions"]}
+            | {"label": label.replace("_", " "), "count": found["num_questions"]}
             for label, found in values.items()
         ]
         yield {"name": key.replace("_", " "), "rows": rows}

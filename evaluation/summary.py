@@ -242,7 +242,7 @@ def _reports(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def _groups(headline: str, scored: Sequence[Scored]) -> dict[str, dict[str, Any]]:
-    """Per breakdown and value: the metric of its questions, with interval and baseline."""
+    """Per breakdown and value: the metric of the questions that have one, interval and baseline."""
     members: dict[str, dict[str, list[Scored]]] = {}
     for each in scored:
         for key, value in each.case.groups.items():
@@ -256,8 +256,8 @@ def _groups(headline: str, scored: Sequence[Scored]) -> dict[str, dict[str, Any]
 def _group(headline: str, scored: Sequence[Scored]) -> dict[str, Any]:
     metrics = {each.metric for each in scored}
     name = headline if headline in metrics else scored[0].metric
-    figures = {"num_questions": sum(each.metric == name for each in scored), "metric": name}
     values = [each for each in scored if each.metric == name and each.score.value is not None]
+    figures = {"num_questions": len(values), "metric": name}
     return figures | (_metric(name, scored) if values else {name: None})
 
 
