@@ -22,6 +22,7 @@ class Losses:
     max_weight_error: float
     max_mean_kl: float
     max_difference: float
+    max_golden_difference: float
     min_top1: float
     stable_margin: float
     min_agreement: float

@@ -323,13 +323,17 @@ def _attend(query_LAK: Array, key_LBK: Array, value_LBK: Array, *, causal: bool)
     length, heads, size = query_LAK.shape
     share = heads // key_LBK.shape[1]
     mixed = np.empty_like(query_LAK)
+    scores = np.empty((length, length), np.float32)  # one for all heads: fresh memory is slow
+    future = np.triu(np.full((length, length), -np.inf, np.float32), 1) if causal else None
     for head in range(heads):
-        scores = query_LAK[:, head] @ key_LBK[:, head // share].T / np.float32(math.sqrt(size))
-        if causal:
-            scores[np.triu_indices(length, 1)] = -np.inf
-        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-        scores /= scores.sum(axis=1, keepdims=True)
-        mixed[:, head] = scores @ value_LBK[:, head // share]
+        queries = np.ascontiguousarray(query_LAK[:, head]) / np.float32(math.sqrt(size))
+        np.matmul(queries, np.ascontiguousarray(key_LBK[:, head // share]).T, out=scores)
+        if future is not None:
+            scores += future
+        scores -= scores.max(axis=1, keepdims=True)
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=1, keepdims=True)
+        mixed[:, head] = scores @ np.ascontiguousarray(value_LBK[:, head // share]) / total
     return mixed.reshape(length, -1)
 
 

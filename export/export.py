@@ -7,7 +7,7 @@ by one rename. What a format writes is in the modules named after it.
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,7 @@ from medmo_edge.calibration.imatrix import Imatrix, read_imatrix
 from medmo_edge.calibration.record import Record, read_record
 from medmo_edge.checkpoint import Checkpoint, VisionConfig, open_checkpoint
 from medmo_edge.errors import ExportError, UsageError
+from medmo_edge.evaluation.golden import make_golden
 from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, write_files
 from medmo_edge.export.gguf_importance import importance_of
 from medmo_edge.export.licence import stated_licence
@@ -32,6 +33,9 @@ from medmo_edge.manifest import (
     sha256_file,
     write_manifest,
 )
+from medmo_edge.runtime.golden import FILE as GOLDEN_FILE
+from medmo_edge.runtime.golden import ROLE as GOLDEN_ROLE
+from medmo_edge.runtime.golden import write_golden
 
 Progress = Callable[[str, int, int], None]
 
@@ -62,14 +66,16 @@ def export_checkpoint(
     *,
     imatrix: Path | None = None,
     calibration: Path | None = None,
+    golden: bool = True,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export a checkpoint folder, or ``"nano"``, to the artifact folder ``output``.
 
     ``imatrix`` is an importance matrix file for targets that take one, ``calibration`` a
-    calibration record. ``progress`` receives (stage, bytes done, bytes in all). Errors: UsageError,
-    CheckpointError, CalibrationError, ExportError; on any of them, and on Ctrl-C, nothing is left
-    at or beside ``output``.
+    calibration record. ``golden`` adds the cases of the on-site self-test, for which the artifact
+    is loaded once and the checkpoint passed through once. ``progress`` receives (stage, bytes done,
+    bytes in all). Errors: UsageError, CheckpointError, CalibrationError, ExportError; on any of
+    them, and on Ctrl-C, nothing is left at or beside ``output``.
     """
     row = find_target(target)
     _check_calibration(row, imatrix, calibration)
@@ -104,7 +110,17 @@ def export_checkpoint(
             licence=stated_licence(opened.path),
         )
         written = write_manifest(staging, manifest)
+        if golden:
+            written = _add_golden(opened, written, report)
     return written.moved_to(Path(output))
+
+
+def _add_golden(checkpoint: Checkpoint, artifact: Manifest, report: Progress) -> Manifest:
+    """Store the golden cases beside the weights, and name them in the manifest."""
+    path = artifact.folder / GOLDEN_FILE
+    write_golden(path, make_golden(checkpoint, artifact, report))
+    files = {**artifact.files, GOLDEN_FILE: record_file(path, GOLDEN_ROLE)}
+    return write_manifest(artifact.folder, replace(artifact, files=files))
 
 
 def _gguf_job(

@@ -32,6 +32,7 @@ def run_ask(
     fhir: Path | None,
     plain_sr: bool,
     uid_root: str,
+    certified: bool,
     overwrite: bool,
     frame: int,
     window: str | None,
@@ -59,7 +60,7 @@ def run_ask(
         seed=seed,
         timeout_seconds=timeout,
     )
-    with load(artifact, backend, threads=threads) as session:
+    with load(artifact, backend, threads=threads, require_certificate=certified) as session:
         study = session.study(frames)
         answer = _ask(study, question, options, stream=not as_json and sys.stdout.isatty())
     if overlay is not None:

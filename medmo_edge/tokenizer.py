@@ -5,10 +5,12 @@ neither renders chats (prompts.py) nor pads, truncates or adds tokens of its own
 """
 
 import codecs
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medmo_edge.errors import CheckpointError, PromptError
 
@@ -110,6 +112,33 @@ class TextStream:
     def flush(self) -> str:
         """The end: U+FFFD when the last character never became complete, else ""."""
         return self._utf8.decode(b"", final=True)
+
+
+def same_tokenizer(path: str | Path, other: str | Path) -> bool:
+    """Whether two tokenizer.json files mean the same, however they are laid out.
+
+    Errors: CheckpointError for a file that cannot be read.
+    """
+    return _meaning(Path(path)) == _meaning(Path(other))
+
+
+def tokenizer_sha256(path: str | Path) -> str:
+    """Hash of what a tokenizer.json means: equal for files that ``same_tokenizer``."""
+    text = json.dumps(_meaning(Path(path)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _meaning(path: Path) -> dict[str, Any]:
+    """The parts of a tokenizer.json that change ids; merges in one of their two spellings."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model = dict(values["model"])
+        pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+        model["merges"] = [list(pair) for pair in pairs]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {_line(error)}") from error
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return {"model": model, **{name: values.get(name) for name in parts}}
 
 
 def _is_control(token: "tokenizers.AddedToken") -> bool:

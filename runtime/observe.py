@@ -19,6 +19,7 @@ from medmo_edge.images import Frame
 from medmo_edge.preprocess import patchify
 from medmo_edge.runtime.answers import Answer
 from medmo_edge.runtime.backends import Backend
+from medmo_edge.runtime.generate import Outcome
 from medmo_edge.runtime.prefixes import Cost, Prefix
 from medmo_edge.runtime.session import Session, Study
 
@@ -132,6 +133,12 @@ class Observer:
                 break
             logits = session._backend.decode_tokens(tokens[-1:])
         return tuple(tokens)
+
+    def read_boxes(self, frames: Sequence[Frame], text: str) -> list[tuple[float, ...]]:
+        """How an answer of this ``text`` would be read: XYXY in source pixels."""
+        study = self._study_of(tuple(frames))
+        answer = study._answer(Outcome(text, "stop", 0, 0.0), Cost(), 0)
+        return [box.xyxy for box in answer.boxes]
 
     def close(self) -> None:
         """Let go of the images; the session stays open."""

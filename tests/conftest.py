@@ -86,7 +86,7 @@ def tiny_artifacts(
     def artifact(target: str, checkpoint: str = "tiny_checkpoint") -> Path:
         if (target, checkpoint) not in made:
             folder = tmp_path_factory.mktemp("artifacts") / target
-            export_checkpoint(request.getfixturevalue(checkpoint), target, folder)
+            export_checkpoint(request.getfixturevalue(checkpoint), target, folder, golden=False)
             made[target, checkpoint] = folder
         return made[target, checkpoint]
 

@@ -98,6 +98,7 @@ def test_files_roles_and_copies(tiny_checkpoint: Path, tmp_path: Path) -> None:
         "mmproj.gguf": "vision",
         "tokenizer.json": "tokenizer",
         "chat_template.jinja": "chat_template",
+        "golden.json": "golden",
     }
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "a" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
@@ -135,7 +136,13 @@ def test_progress_counts_every_byte_of_every_stage(tiny_checkpoint: Path, tmp_pa
         tmp_path / "a",
         progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
     )
-    assert list(seen) == ["language model", "vision tower", "checkpoint hash", "file hashes"]
+    assert list(seen) == [
+        "language model",
+        "vision tower",
+        "checkpoint hash",
+        "file hashes",
+        "golden cases",
+    ]
     for steps in seen.values():
         assert [done for done, _ in steps] == sorted(done for done, _ in steps)
         assert steps[-1][0] == steps[-1][1] and len({total for _, total in steps}) == 1
