@@ -32,7 +32,7 @@ def encode_nbits(
     highest, lowest = groups.max(axis=2), groups.min(axis=2)
     extreme = np.where(highest > -lowest, highest, lowest)
     scales = (extreme / np.float32(-half)).astype(dtype)
-    codes = np.rint(groups * _inverse(scales)[:, :, None])
+    codes = np.rint(groups / _divisor(scales)[:, :, None])
     codes += half
     packed = np.clip(codes, 0, 2 * half - 1, out=codes).astype(np.uint8)
     return (packed if bits == 8 else _pack_nibbles(packed)), scales
@@ -44,14 +44,14 @@ def encode_int4(
     """DequantizeLinear: codes -8..7 as int8 [n, in], scales [n, in / block]."""
     groups = rows.reshape(rows.shape[0], -1, block)
     scales = (np.abs(groups).max(axis=2) / np.float32(_INT4_MAX)).astype(dtype)
-    codes = np.clip(np.rint(groups * _inverse(scales)[:, :, None]), -8, 7)
+    codes = np.clip(np.rint(groups / _divisor(scales)[:, :, None]), -8, 7)
     return codes.astype(np.int8).reshape(rows.shape), scales
 
 
 def encode_int8(rows: Rows) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric per row: codes -127..127 [n, in], scales [n]."""
     scales = np.abs(rows).max(axis=1) / np.float32(_INT8_MAX)
-    codes = np.rint(rows * _inverse(scales)[:, None])
+    codes = np.rint(rows / _divisor(scales)[:, None])
     return np.clip(codes, -_INT8_MAX, _INT8_MAX).astype(np.int8), scales
 
 
@@ -60,7 +60,7 @@ def encode_fp8(rows: Rows, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint8], NDA
     import ml_dtypes
 
     scales = (np.abs(rows).max(axis=1) / np.float32(FP8_MAX)).astype(dtype)
-    codes = np.clip(rows * _inverse(scales)[:, None], -FP8_MAX, FP8_MAX)
+    codes = np.clip(rows / _divisor(scales)[:, None], -FP8_MAX, FP8_MAX)
     return codes.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scales
 
 
@@ -75,9 +75,7 @@ def _pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return packed
 
 
-def _inverse(scales: NDArray[Any]) -> NDArray[np.float32]:
-    """1 / scale, 0 where a block is all zero (or too small for its scale's type)."""
+def _divisor(scales: NDArray[Any]) -> NDArray[np.float32]:
+    """The scales, 1 where a block is all zero (or too small for its scale's type)."""
     wide = scales.astype(np.float32)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(wide != 0, np.float32(1) / wide, np.float32(0))
-    return inverse.astype(np.float32)
+    return np.where(wide != 0, wide, np.float32(1))
