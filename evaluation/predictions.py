@@ -97,6 +97,11 @@ def predict(
                     file.write(_line(prediction))
                     file.flush()
                 report(len(known), len(cases))
+    except KeyboardInterrupt as stop:
+        kept = "the same command goes on from there" if file else "with -o they would be kept"
+        raise KeyboardInterrupt(
+            f"stopped after {len(known)} of {len(cases)} answers: {kept}"
+        ) from stop
     finally:
         if file is not None:
             file.close()

@@ -321,6 +321,45 @@ def voc(folder: Path) -> None:
     _write(folder / "JPEGImages" / "a.png", png())
 
 
+def coco(folder: Path) -> None:
+    """One picture with three annotations of two categories."""
+    document = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 64, "height": 48}],
+        "categories": [{"id": 1, "name": "cell"}, {"id": 4, "name": "dust"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 1, "bbox": [2, 4, 8, 16], "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 1, "bbox": [20, 4, 10, 16], "iscrowd": 0},
+            {"id": 3, "image_id": 7, "category_id": 4, "bbox": [40, 4, 10, 16], "iscrowd": 0},
+        ],
+    }
+    _write(folder / "annotations.json", json.dumps(document))
+    _write(folder / "images" / "a.png", png())
+
+
+def yolo(folder: Path) -> None:
+    """Darknet's form: classes.txt and a text file beside the picture."""
+    _write(folder / "classes.txt", "cell\ndust\n")
+    _write(folder / "a.png", png())
+    _write(folder / "a.txt", "0 0.1 0.25 0.125 0.33\n1 0.7 0.25 0.16 0.33\n")
+
+
+def path_vqa(folder: Path) -> None:
+    """The Hugging Face copy."""
+    rows = [
+        {"image": _image(1), "question": "is necrosis present?", "answer": "no"},
+        {"image": _image(1), "question": "what is present?", "answer": "spleen"},
+    ]
+    _parquet(folder / "data" / "test-00000-of-00003.parquet", rows)
+
+
+def medsg_tasks(folder: Path) -> None:
+    """Every task by its number."""
+    row = {"images": ["a.png", "a.png"], "question": "What differs?", "answer": [16, 12, 32, 24]}
+    for number in range(1, 9):
+        _write(folder / f"Task{number}.json", json.dumps([row] * number))
+    _write(folder / "a.png", png())
+
+
 #: benchmark -> (writer, items, questions, gold of the first question)
 FOLDERS: dict[str, tuple[Callable[[Path], None], int, int, str]] = {
     "mmmu-med": (mmmu, 7, 7, "B"),
@@ -347,4 +386,13 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], int, int, str]] = {
     "nih": (nih, 1, 1, ""),
     "deeplesion": (deeplesion, 1, 1, ""),
     "voc": (voc, 1, 2, ""),
+    "coco": (coco, 1, 2, ""),
+    "yolo": (yolo, 1, 2, ""),
+    "path-vqa": (path_vqa, 2, 2, "no"),
+    "medsg-registered-diff": (medsg_tasks, 1, 1, ""),
+    "medsg-non-registered-diff": (medsg_tasks, 2, 2, ""),
+    "medsg-object-tracking": (medsg_tasks, 4, 4, ""),
+    "medsg-concept": (medsg_tasks, 5, 5, ""),
+    "medsg-patch": (medsg_tasks, 6, 6, ""),
+    "medsg-crossmodal": (medsg_tasks, 7, 7, ""),
 }

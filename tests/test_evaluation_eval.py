@@ -172,7 +172,7 @@ def _cases() -> list[Any]:
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     cases, path = _cases(), tmp_path / "run" / FILE
     killed = _Counting(fail_after=5)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="stopped after 5 of 12 answers: the same command"):
         predict(killed, cases, identity(killed, "phantoms", cases), path)
     path.write_text(path.read_text() + '{"id": "cut off in the mid', "utf-8")
     fresh = _Counting()
