@@ -89,7 +89,7 @@ class LlamaCpp:
         self._interrupt = native.Interrupt(self._library)
         self._handles = native.Handles(self._library)
         self._free = weakref.finalize(self, self._handles.free)
-        self._manifest = manifest
+        self.manifest = manifest
         self._facts = fit.Facts.of(manifest)
         self._threads = threads
         self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
@@ -104,10 +104,10 @@ class LlamaCpp:
             raise
 
     def _load(self, device: Device) -> None:
-        language, tower = (self._manifest.path_of(role) for role in ("language", "vision"))
+        language, tower = (self.manifest.path_of(role) for role in ("language", "vision"))
         check_header(language, LANGUAGE_KEYS)
         check_header(tower, VISION_KEYS, VISION_TENSORS)
-        mmap = fit.should_map(self._manifest, device)
+        mmap = fit.should_map(self.manifest, device)
         with self._work():
             self._handles.model = native.open_model(
                 self._library, language, mmap=mmap, interrupt=self._interrupt
@@ -186,7 +186,7 @@ class LlamaCpp:
         """See ``Backend``."""
         if not ids:
             raise ValueError("decode_tokens needs at least one token")
-        self._reserve(len(ids), len(ids))
+        self.reserve(len(ids), len(ids))
         start = self._end
         for first in range(0, len(ids), _BATCH):
             self._decode_batch(np.array(ids[first : first + _BATCH], dtype=np.int32), start)
@@ -207,7 +207,7 @@ class LlamaCpp:
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
         height, width = self._token_grid(resized_HWC)
-        self._reserve(height * width, max(height, width))
+        self.reserve(height * width, max(height, width))
         self.append_rows(self.encode_image(resized_HWC), height, width)
 
     def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -227,7 +227,7 @@ class LlamaCpp:
 
         The rows may come from another backend of the same checkpoint. Errors: as ``append_image``.
         """
-        self._reserve(height * width, max(height, width))
+        self.reserve(height * width, max(height, width))
         start = self._end
         positions = vision.image_positions(height, width, start.position)
         for first in range(0, height * width, _BATCH):
@@ -255,7 +255,7 @@ class LlamaCpp:
             f"llama.cpp could not evaluate the {what} (code {code}){self._library.messages.last()}"
         )
 
-    def _reserve(self, cells: int, positions: int) -> None:
+    def reserve(self, cells: int, positions: int) -> None:
         """Make room, by a larger context if needed. Errors: GenerationError when there is none."""
         needed = self._end.cells + cells
         if needed > self.max_cells:
