@@ -1,11 +1,13 @@
 """Recipes: what is packaged loads, and every mistake is named with its place."""
 
 import dataclasses
+import json
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import RecipeError
 from medmo_edge.train.recipe import load_recipe
 
@@ -36,6 +38,20 @@ def test_any_change_changes_the_identity() -> None:
     assert dataclasses.replace(recipe, phases=shorter).sha256 != recipe.sha256
 
 
+def test_the_packaged_nano_names_its_recipe() -> None:
+    """The checkpoint that ships says which recipe it came from: the one that ships."""
+    notes = json.loads((resources.files("medmo_edge") / "medmo-nano/medmo_edge.json").read_text())
+    assert notes["training"]["recipe_sha256"] == load_recipe("nano").sha256
+
+
+def test_the_sizes_are_a_checkpoints() -> None:
+    """[text] is the reader's own TextConfig, with what follows from the rest filled in."""
+    recipe = load_recipe("nano")
+    with open_checkpoint("nano") as checkpoint:
+        assert recipe.text == checkpoint.config.text
+        assert recipe.vision.config(recipe.text.hidden_size) == checkpoint.config.vision
+
+
 def test_phases_follow_each_other() -> None:
     recipe = load_recipe("smoke")
     first, second = recipe.phases
@@ -46,7 +62,7 @@ def test_phases_follow_each_other() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seed = 7", "seed = 7\nsed = 7", "unknown key 'sed'"),
+        ("seed = 7", "seed = 7\nsed = 7", ":4: unknown key 'sed', did you mean 'seed'?"),
         ("seed = 7", "", "key 'seed' is missing"),
         ("seed = 7", 'seed = "7"', "seed must be of type int, not '7'"),
         ("seed = 7", "seed = true", "seed must be of type int, not True"),
@@ -62,6 +78,8 @@ def test_phases_follow_each_other() -> None:
         ("min_pixels = 4096", "min_pixels = 64", "one vision token of pixels"),
         ("min_pixels = 4096", "min_pixels = 99999", "one vision token of pixels"),
         ("steps = 6", "steps = 0", "phases need steps"),
+        ("max_positions = 512", "max_positions = 140", "144 tokens do not fit max_positions 140"),
+        ("num_kv_heads = 1", "num_kv_heads = 0", "num_heads must be a multiple of num_kv_heads"),
         ("seed = 7", "seed =", "is not valid TOML"),
     ],
 )

@@ -7,7 +7,7 @@ smaller ones need less of everything. Communication, data loading and saving are
 Operations (multiply and add are two):
     a linear on T tokens: 2 * parameters * T; its gradients the same twice, once for the weights
     (only when trained) and once for its input (only when something at or below it is trained)
-    attention: 2 * 2 * T^2 * width, half of it in the causal language model
+    attention: 2 * 2 * T^2 * width, half of it in the causal language model; twice that backward
     utilisation is of these; what checkpointing computes again is not counted (MFU)
 Memory of one device, in bytes:
     weights 2 each, gradients 2 and AdamW 12 (fp32 copy and two moments) per trained parameter,
@@ -134,21 +134,27 @@ def load_of(config: ModelConfig, stage: Stage) -> Load:
     )
 
 
-def forward_flop(config: ModelConfig, load: Load) -> dict[Module, float]:
-    """Operations of one sequence forward, by module; the head only where there is an answer."""
+def forward_flop(config: ModelConfig, load: Load) -> dict[Module, tuple[float, float]]:
+    """Operations of one sequence forward, by module: (of linears, of attention).
+
+    The head works only where there is an answer.
+    """
     text, vision = config.text, config.vision
     sizes = count_parameters(config)
     table = text.vocab_size * text.hidden_size
-    linears = sizes["language"] - table * (1 if text.tie_word_embeddings else 2)
+    inner = sizes["language"] - table * (1 if text.tie_word_embeddings else 2)
     width = text.num_heads * text.head_dim
-    language = 2 * linears * load.tokens + 2 * load.tokens**2 * width * text.num_layers
-    head = 2 * table * load.answer_tokens
     seen = sizes["vision"] - vision.num_position_embeddings * vision.hidden_size
-    attention = 4 * load.patches**2 * vision.hidden_size * vision.depth
     return {
-        "vision": 2 * seen * load.patches + attention,
-        "merger": 2 * sizes["merger"] * load.vision_tokens,
-        "language": language + head,
+        "vision": (
+            2 * seen * load.patches,
+            4 * load.patches**2 * vision.hidden_size * vision.depth,
+        ),
+        "merger": (2 * sizes["merger"] * load.vision_tokens, 0),
+        "language": (
+            2 * inner * load.tokens + 2 * table * load.answer_tokens,
+            2 * load.tokens**2 * width * text.num_layers,
+        ),
     }
 
 
@@ -157,10 +163,10 @@ def training_flop(
 ) -> float:
     """Operations of one sequence forward and backward."""
     total, reached = 0.0, False
-    for module, forward in forward_flop(config, load).items():
+    for module, (linears, attention) in forward_flop(config, load).items():
         own = module in trainable
         reached = reached or own  # gradients flow down to the first module that learns
-        total += forward * (1 + reached + (own and lora_rank == 0))
+        total += linears * (1 + reached + (own and lora_rank == 0)) + attention * (1 + 2 * reached)
     return total
 
 

@@ -210,6 +210,8 @@ def _check(recipe: Recipe, document: Document) -> None:
             "phases need steps, rows and one vision token of pixels",
             positive and token <= phase.min_pixels <= phase.max_pixels,
         )
+        tokens = phase.max_pixels // token + phase.turn_tokens
+        rules[("phases", index, "max_pixels")] = fits(tokens, recipe.text)
     require(rules, document)
 
 
@@ -220,7 +222,7 @@ def size_rules(text: TextConfig, vision: VisionModel) -> Rules:
     """What the sizes of any Qwen3-VL must fulfil, under the path of the key that breaks it."""
     layers = range(vision.num_layers)
     return {
-        ("text", "num_heads"): (
+        ("text", "num_kv_heads"): (
             "num_heads must be a multiple of num_kv_heads",
             is_multiple(text.num_heads, text.num_kv_heads),
         ),
@@ -237,6 +239,13 @@ def size_rules(text: TextConfig, vision: VisionModel) -> Rules:
             all(layer in layers for layer in vision.deepstack_layers),
         ),
     }
+
+
+def fits(tokens: int, text: TextConfig) -> tuple[str, bool]:
+    """The rule that a row of ``tokens`` is no longer than the model's positions."""
+    limit = text.max_positions
+    problem = f"{tokens} tokens do not fit max_positions {limit}: lower max_pixels or the text"
+    return problem, tokens <= limit
 
 
 def is_multiple(value: int, of: int) -> bool:

@@ -8,7 +8,7 @@ marked in the files as ours.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from medmo_edge.errors import RecipeError
 from medmo_edge.model_config import ModelConfig, TextConfig
@@ -18,6 +18,7 @@ from medmo_edge.train.recipe import (
     PATCH,
     Rules,
     VisionModel,
+    fits,
     is_multiple,
     is_staged,
     read_document,
@@ -178,8 +179,11 @@ def read_stages(document: Document) -> StagedRecipe:
 
 def _read_stage(document: Document, index: int) -> Any:
     entry = document.values["stages"][index]
-    is_rl = isinstance(entry, dict) and entry.get("kind") == "rl"
-    return build(RlStage if is_rl else Stage, document, ("stages", index))
+    kind = entry.get("kind", "pretrain") if isinstance(entry, dict) else "pretrain"
+    if kind not in get_args(Kind):  # before the keys, which depend on it
+        problem = f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}"
+        raise document.refuse(("stages", index, "kind"), problem)
+    return build(RlStage if kind == "rl" else Stage, document, ("stages", index))
 
 
 def _check(recipe: StagedRecipe, document: Document) -> None:
@@ -195,15 +199,17 @@ def _check(recipe: StagedRecipe, document: Document) -> None:
     )
     names = [stage.name for stage in recipe.stages]
     for index, stage in enumerate(recipe.stages):
-        rules |= _stage_rules(stage, ("stages", index), names.count(stage.name) == 1)
+        rules |= _stage_rules(stage, ("stages", index), stage.name not in names[:index])
+        tokens = stage.max_pixels // (PATCH * MERGE) ** 2 + stage.text_tokens
+        rules[("stages", index, "text_tokens")] = fits(tokens, recipe.text)
     require(rules, document)
 
 
-def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_named_once: bool) -> Rules:
+def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_new_name: bool) -> Rules:
     token = (PATCH * MERGE) ** 2
     positive = min(stage.samples, stage.epochs, stage.rows, stage.accumulation) > 0
     rules: Rules = {
-        (*path, "name"): ("stages need different names", is_named_once and bool(stage.name)),
+        (*path, "name"): ("stages need different names", is_new_name and bool(stage.name)),
         (*path, "samples"): ("samples, epochs, rows and accumulation must be above 0", positive),
         (*path, "max_pixels"): (
             "min_pixels must be one vision token or more and max_pixels no less",
@@ -218,7 +224,7 @@ def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_named_once: bool)
             len(set(stage.trainable)) == len(stage.trainable) > 0,
         ),
         (*path, "lora_rank"): ("lora_rank must be 0 or more", stage.lora_rank >= 0),
-        (*path, "offload"): (
+        (*path, "sharding"): (
             "offload needs sharding zero3 or fsdp2",
             not stage.offload or stage.sharding in ("zero3", "fsdp2"),
         ),
@@ -229,17 +235,23 @@ def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_named_once: bool)
 
 def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
     rollouts, objective = stage.rollouts, stage.objective
+    asked = stage.text_tokens - stage.answer_tokens
+    prompt = stage.max_pixels // (PATCH * MERGE) ** 2 + asked
     return {
         (*path, "rewards"): _weights_rule("rewards", stage.rewards, tuple(REWARDS)),
         (*path, "rollouts", "num_generations"): (
             "num_generations must be 2 or more: an advantage is a difference",
             rollouts.num_generations >= 2,
         ),
+        (*path, "rollouts", "max_prompt_tokens"): (
+            f"{prompt} prompt tokens do not fit: raise max_prompt_tokens or lower max_pixels",
+            prompt <= rollouts.max_prompt_tokens,
+        ),
         (*path, "rollouts"): (
             "rows * accumulation must be a multiple of num_generations",
             is_multiple(stage.rows * stage.accumulation, rollouts.num_generations),
         ),
-        (*path, "objective", "epsilon"): (
+        (*path, "objective", "epsilon_high"): (
             "epsilon must be above 0 and epsilon_high no less",
             0 < objective.epsilon <= objective.epsilon_high,
         ),
