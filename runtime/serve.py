@@ -235,12 +235,10 @@ def _run(app: Any, listener: socket.socket, state: "State") -> None:
 
 
 def _log_to_stderr() -> None:
-    """Our lines with their time; of uvicorn only what went wrong."""
+    """Our lines with their time, and nothing else: libraries quote what they were given."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("medmo_edge.server")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
-    theirs = logging.getLogger("uvicorn")
-    theirs.handlers, theirs.propagate = [], False
-    theirs.addHandler(logging.NullHandler())
+    logging.getLogger().addHandler(logging.NullHandler())

@@ -133,10 +133,9 @@ class _Gate:
         except ClientDisconnect:
             status = status or 499  # nginx's number for a client that went away
         except Exception as error:
-            self._state.metrics.bug(error)
-            if status == 0:
-                message = "unexpected error: see the server's log"
-                await _refuse(Problem(500, message, "internal_error"))(scope, receive, send_on)
+            if status == 0:  # else _on_bug has seen it, or the stream had begun
+                self._state.metrics.bug(error)
+                await _refuse(_bug())(scope, receive, send_on)
         finally:
             route = scope.get("route")
             pattern = route.path if isinstance(route, Route) else "none"
@@ -203,7 +202,16 @@ async def _on_http(request: Request, error: Exception) -> Response:
     return _refuse(Problem(error.status_code, "the body cannot be read", "invalid_body"))
 
 
-_HANDLERS = {Problem: _on_problem, HTTPException: _on_http}
+async def _on_bug(request: Request, error: Exception) -> Response:
+    state_of(request).metrics.bug(error)
+    return _refuse(_bug())
+
+
+def _bug() -> Problem:
+    return Problem(500, "unexpected error: see the server's log", "internal_error")
+
+
+_HANDLERS = {Problem: _on_problem, HTTPException: _on_http, Exception: _on_bug}
 
 
 async def _page(request: Request) -> Response:

@@ -100,8 +100,8 @@ def test_every_valid_answer_is_possible(tokenizer: Tokenizer, value: dict[str, A
 
 def test_a_model_with_random_weights_answers_by_the_schema(tiny_artifact: Path) -> None:
     frame = Frame.from_pixels(np.zeros((64, 64), np.uint8))
-    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
-    schema |= {"additionalProperties": False}
+    schema: dict[str, Any] = {"type": "object", "properties": {"sure": {"type": "boolean"}}}
+    schema |= {"required": ["sure"], "additionalProperties": False}
     with load(tiny_artifact, threads=1) as session:
         answer = session.ask(frame, "Is it?", json_schema=schema_text(schema), logprobs=3)
         free = session.ask(frame, "Is it?", max_new_tokens=8)
