@@ -83,11 +83,7 @@ def test_what_is_not_published_is_marked_as_ours() -> None:
         ('sharding = "zero3" ', 'sharding = "zero2" ', "offload needs sharding zero3 or fsdp2"),
         ('["vision", "merger", "language"]', "[]", "trainable must name each module once"),
         ('["vision", "merger", "language"]', '["visual"]', "must be one of vision, merger, lang"),
-        (
-            "max_positions = 262144",
-            "max_positions = 700",
-            "726 tokens do not fit max_positions 700",
-        ),
+        ("text_tokens = 150", "text_tokens = 300000", "300576 tokens do not fit max_positions"),
         ("max_prompt_tokens = 4096", "max_prompt_tokens = 600", "676 prompt tokens do not fit"),
         ("devices = 64", "devices = 0", "devices, memory and speed must be above 0"),
         ("num_kv_heads = 8", "num_kv_heads = 0", "num_heads must be a multiple of num_kv_heads"),
