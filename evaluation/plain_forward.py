@@ -89,6 +89,11 @@ def forward(
     return [Outputs(vision=rows, logits=scores) for rows, scores in zip(own, logits, strict=True)]
 
 
+def encode(checkpoint: Checkpoint, image: NDArray[np.uint8]) -> Array:
+    """The vision tower alone: features [M, (1 + levels) * D] of one resized image."""
+    return _vision(checkpoint, [image], lambda done, total: None, 0)[0]
+
+
 def _grids(
     checkpoint: Checkpoint, images: Sequence[NDArray[np.uint8]]
 ) -> list[tuple[int, int, int]]:

@@ -169,7 +169,9 @@ class WholeReference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._torch = load_library("torch")
-        loader = load_library("transformers").Qwen3VLForConditionalGeneration
+        transformers = load_library("transformers")
+        transformers.utils.logging.disable_progress_bar()
+        loader = transformers.Qwen3VLForConditionalGeneration
         self._processor = _Processor(checkpoint)
         self._model: Any = loader.from_pretrained(
             checkpoint.path, dtype=self._torch.float32, attn_implementation="sdpa"
@@ -332,6 +334,28 @@ class StreamedReference:
     def describe(self) -> dict[str, Any]:
         """See ``Reference``."""
         return _describe("layer by layer")
+
+
+class Remembered:
+    """Another reference's traces, computed once: for several artifacts over the same samples."""
+
+    def __init__(self, inner: Reference) -> None:
+        self._inner = inner
+        self._known: dict[tuple[str, int], Trace] = {}
+        self.chunk = inner.chunk
+
+    def trace(self, cases: Sequence[Case], draft: Draft, max_new_tokens: int) -> list[Trace]:
+        """See ``Reference``."""
+        new = [case for case in cases if (case.sample.id, max_new_tokens) not in self._known]
+        if new:
+            traces = self._inner.trace(new, draft, max_new_tokens)
+            for case, trace in zip(new, traces, strict=True):
+                self._known[case.sample.id, max_new_tokens] = trace
+        return [self._known[case.sample.id, max_new_tokens] for case in cases]
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Reference``."""
+        return self._inner.describe()
 
 
 def open_reference(checkpoint: Checkpoint, free_bytes: int, taken_bytes: int) -> Reference:

@@ -102,10 +102,10 @@ def _run_self_test(artifact: Path, backend: str, threads: int | None, *, as_json
     return 0 if found.passed else 1
 
 
-def verify(task: Task, progress: Progress) -> dict[str, Any]:
+def verify(task: Task, progress: Progress, reference: Reference | None = None) -> dict[str, Any]:
     """Measure, judge and certify; returns the certificate's new entry, which is in the manifest.
 
-    After an interrupt the same call goes on where it stopped. Errors: every kind of MedmoError that
+    ``reference``: of the same checkpoint, when several artifacts share one. After an interrupt the same call goes on where it stopped. Errors: every kind of MedmoError that
     its inputs can cause; the manifest is then as it was.
     """
     start = time.perf_counter()
@@ -120,7 +120,9 @@ def verify(task: Task, progress: Progress) -> dict[str, Any]:
         base = _unquantised(task, manifest, gates, stack, progress)
         session = stack.enter_context(_session(task, manifest.folder))
         plain = stack.enter_context(_session(task, base.folder)) if base else None
-        reference = open_reference(checkpoint, probe().ram_available_bytes, _needed(manifest, base))
+        if reference is None:
+            free = probe().ram_available_bytes
+            reference = open_reference(checkpoint, free, _needed(manifest, base))
         bench = Bench(
             reference=reference,
             artifact=Side(Observer(session)),
