@@ -7,6 +7,7 @@ questions are asked (benchmarks), and whether an answer is right (scores).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -16,6 +17,7 @@ from medmo_edge.checkpoint import NANO
 from medmo_edge.images import Frame
 from medmo_edge.preprocess import Preprocessing, smart_resize
 from medmo_edge.runtime import fake
+from medmo_edge.runtime.backends import BACKENDS
 
 if TYPE_CHECKING:
     from medmo_edge.runtime.session import Answer, Session, Study
@@ -170,6 +172,7 @@ class SessionModel:
             "coords": self.coords,
             "backend": backend.name,
             "device": backend.device,
+            "libraries": import_module(BACKENDS[backend.name]).describe(),
         }
 
     def close(self) -> None:
