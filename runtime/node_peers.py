@@ -41,15 +41,15 @@ def send_files(destination: Destination, files: Sequence[Path]) -> Iterator[Sent
 def _store(destination: Destination, files: Sequence[Path]) -> Iterator[Sent]:
     from pydicom import dcmread
 
-    datasets = [dcmread(path) for path in files]
-    association = _associate(destination, {str(one.SOPClassUID) for one in datasets})
+    classes = {str(dcmread(path, specific_tags=["SOPClassUID"]).SOPClassUID) for path in files}
+    association = _associate(destination, classes)
     if not association.is_established:
         rejected = association.is_rejected
         yield Sent(False, "association rejected" if rejected else "not reachable", reachable=False)
         return
     try:
-        for dataset in datasets:
-            sent = _store_one(association, dataset)
+        for path in files:
+            sent = _store_one(association, dcmread(path))
             yield sent
             if not sent.reachable:
                 return

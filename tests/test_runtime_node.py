@@ -224,6 +224,34 @@ def test_what_cannot_be_processed_is_set_aside_and_the_rest_goes_on(
     assert bench.counts()["quarantined"] == 1
 
 
+def test_another_instance_than_was_announced_is_set_aside(
+    bench: Bench, write_source: WriteSource
+) -> None:
+    node = bench.start()
+    ct = write_source("ct", bench.folder / "ct.dcm")
+    node._spool.write("incoming", "a.dcm", [ct.read_bytes()])
+    assert node._queue.accept(hashed("1.2.3"), "CT1", "a.dcm", 1, time.time()) == "new"
+    until(lambda: bench.counts()["quarantined"] == 1)
+    (one,) = node_status(bench.config)["quarantine"]
+    assert one["reason"] == "it was sent under another UID than its data set has"
+
+
+def test_an_instance_that_ends_the_process_is_set_aside_in_the_end(
+    bench: Bench, write_source: WriteSource
+) -> None:
+    ct = write_source("ct", bench.folder / "ct.dcm")
+    node = Node(bench.config, load(ANSWER), NodeLog(bench.log))
+    bench.stack.callback(node.stop)
+    node._spool.write("incoming", "a.dcm", [ct.read_bytes()])
+    node._queue.accept(hashed(str(pydicom.dcmread(ct).SOPInstanceUID)), "CT1", "a.dcm", 1, 1.0)
+    for _ in range(5):
+        assert node._queue.begin(time.time()) is not None  # and then the power goes
+    node.start()
+    until(lambda: bench.counts()["quarantined"] == 1)
+    (one,) = node_status(bench.config)["quarantine"]
+    assert one["reason"] == "the node ended 5 times while it answered this"
+
+
 def test_a_dead_destination_gets_everything_when_it_is_back(
     bench: Bench, write_source: WriteSource
 ) -> None:

@@ -1,14 +1,39 @@
 """Kill -9 at random, in small; benchmarks/node_endurance.py is the same trial with 1,000."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("pynetdicom", reason="the node needs the dicom extra")
+RULES = """
+[node]
+ae_title = "MEDMO"
+spool = "spool"
+port = {port}
+accept_from = ["CT1"]
+min_free_mb = 1
+retry_seconds = 0.2
+
+[destinations.nobody]
+kind = "c-store"
+host = "127.0.0.1"
+port = 1
+ae_title = "NOBODY"
+
+[[rules]]
+name = "all"
+questions = ["What?"]
+results = ["sr"]
+send_to = ["nobody"]
+"""
 TRIAL = Path(__file__).parents[1] / "benchmarks" / "node_endurance.py"
 
 
@@ -31,3 +56,61 @@ def test_every_accepted_instance_is_answered_once() -> None:
 @pytest.mark.slow
 def test_every_one_of_a_thousand_instances_is_answered_once() -> None:
     _run("--instances", "1000", "--kills", "20")
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path, write_source: Callable[..., Path]) -> None:
+    """The spool is a file system of 4 MB; what does not fit is refused, not lost."""
+    storescu = shutil.which("storescu")
+    inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m t spool && exec "$@"', "-"]
+    (tmp_path / "spool").mkdir()
+    if storescu is None or shutil.which("unshare") is None:
+        pytest.skip("storescu or unshare is not installed")
+    if subprocess.run([*inside, "true"], cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here, not even in a namespace")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    (tmp_path / "rules.toml").write_text(RULES.format(port=port))
+    command = [sys.executable, "-m", "medmo_edge", "node", "fake:yes", "--config", "rules.toml"]
+    environment = {**os.environ, "MEDMO_EDGE_DICOM_IN_PROCESS": "1"}
+    node = subprocess.Popen(
+        [*inside, *command], cwd=tmp_path, stderr=subprocess.DEVNULL, env=environment
+    )
+    try:
+        spool = Path(f"/proc/{node.pid}/root{tmp_path}/spool")
+        _until(lambda: _connects(port))
+        sent = [
+            _store(
+                storescu, port, write_source("ct", tmp_path / "a.dcm", SOPInstanceUID=f"1.2.{n}")
+            )
+            for n in range(4)
+        ]
+        _until(lambda: len(list((spool / "results").glob("*.dcm"))) == 4)
+        fill = spool / "somebody-elses-file"
+        fill.write_bytes(bytes(os.statvfs(spool).f_bavail * os.statvfs(spool).f_bsize))
+        refused = write_source("ct", tmp_path / "b.dcm", SOPInstanceUID="1.2.9")
+        assert not _store(storescu, port, refused)
+        fill.unlink()
+        assert all(sent) and _store(storescu, port, refused)
+        _until(lambda: len(list((spool / "results").glob("*.dcm"))) == 5)
+        assert not list((spool / "incoming").iterdir())
+    finally:
+        node.kill()
+        node.wait()
+
+
+def _store(storescu: str, port: int, path: Path) -> bool:
+    command = [storescu, "-aet", "CT1", "-aec", "MEDMO", "127.0.0.1", str(port), str(path)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def _connects(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _until(done: Callable[[], bool], seconds: float = 40) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
