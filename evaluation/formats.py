@@ -15,6 +15,7 @@ from medmo_edge.evaluation.format_coco import read_coco
 from medmo_edge.evaluation.format_deeplesion import read_deeplesion
 from medmo_edge.evaluation.format_folder import read_folder
 from medmo_edge.evaluation.format_iu_xray import read_iu_xray
+from medmo_edge.evaluation.format_jsonl import read_jsonl
 from medmo_edge.evaluation.format_medsg import read_medsg
 from medmo_edge.evaluation.format_medtrinity import read_medtrinity
 from medmo_edge.evaluation.format_nih import read_nih
@@ -63,6 +64,7 @@ FORMATS: dict[str, Format] = {
         Format("medsg", read_medsg, "MedSG-Bench and MedSG-188K, JSON or Parquet"),
         Format("iu-xray", read_iu_xray, "IU-Xray, XML reports or MedEvalKit's JSON"),
         Format("folder", read_folder, "pictures, each with a text file of the same name"),
+        Format("jsonl", read_jsonl, "our own sample files, to check or split them"),
     )
 }
 

@@ -39,8 +39,9 @@ class Item:
 
     ``question`` has no options in it; they are in ``choices``, and ``answer`` is then a letter.
     ``target`` is the whole wanted text, None for ``locate`` (its boxes say it). ``boxes`` are in
-    source pixels. ``group`` names the patient or study, when known: a split never divides one.
-    ``where`` is the place in the source ("file:line"), ``notes`` what was put right.
+    source pixels. ``turns`` is the conversation where the source has one. ``group`` names the
+    patient or study, when known: a split never divides one. ``where`` is the place in the source
+    ("file:line"), ``notes`` what was put right.
     """
 
     id: str
@@ -52,13 +53,16 @@ class Item:
     boxes: tuple[Box, ...] = ()
     answer: str | None = None
     choices: tuple[str, ...] = ()
+    turns: tuple[dict[str, Any], ...] = ()
     group: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation of a sample: the question with its options, then the wanted text."""
+        """The conversation of a sample: its ``turns``, else question, options and wanted text."""
+        if self.turns:
+            return list(self.turns)
         text = choice_prompt(self.question, self.choices) if self.choices else self.question
         asked = user_message(text, len(self.images))
         wanted = self.answer if self.target is None else self.target
@@ -105,9 +109,9 @@ def detect_prompt(labels: Sequence[str] = ()) -> str:
 def per_label(item: Item, absent: Iterable[str] = ()) -> Iterator[Item]:
     """A ``locate`` item as one item per label it shows, then one per label of ``absent`` it lacks.
 
-    Other items pass unchanged.
+    Other items, and conversations, pass unchanged.
     """
-    if item.task != "locate":
+    if item.task != "locate" or item.turns:
         yield item
         return
     shown = list(dict.fromkeys(box.label for box in item.boxes))

@@ -68,7 +68,7 @@ def samples(**options: Any) -> None:
     """Convert a data set SRC to labelled samples (JSONL).
 
     FORMAT is voc, coco, yolo, nih, deeplesion, vqa-rad, slake, path-vqa, pmc-vqa, medtrinity,
-    medsg, iu-xray or folder (pictures with texts of the same name).
+    medsg, iu-xray, folder (pictures with texts of the same name) or jsonl (samples, to check).
     """
     from medmo_edge.evaluation.samples_command import run_samples
 

@@ -49,7 +49,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
     """
     path = Path(path)
     seen: set[str] = set()
-    for number, text in _lines(path):
+    for number, text in numbered_lines(path):
         sample = parse_sample(text, path, number)
         if sample.id in seen:
             raise SampleError(f"{path}:{number}: id {sample.id!r} was used before: ids are unique")
@@ -61,7 +61,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
 
 def count_samples(path: str | Path) -> int:
     """Number of lines that hold a sample, without checking them. Errors: SampleError."""
-    return sum(1 for _ in _lines(Path(path)))
+    return sum(1 for _ in numbered_lines(Path(path)))
 
 
 def write_samples(path: str | Path, samples: Iterable[Sample]) -> int:
@@ -172,7 +172,8 @@ def parse_sample(text: str, path: Path, number: int) -> Sample:
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of every line that is not blank. Errors: SampleError."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):

@@ -171,6 +171,50 @@ def test_the_command_prints_lists_and_exit_codes(tmp_path: Path) -> None:
     assert report["tasks"] == {"caption": 4}
 
 
+def test_our_own_files_are_checked_and_split(tmp_path: Path) -> None:
+    """A second conversion changes nothing but the split; broken lines are named."""
+    convert("folder", captioned(tmp_path / "source", 30), tmp_path / "a.jsonl")
+    fractions = {"train": 0.5, "val": 0.5}
+    convert("jsonl", tmp_path / "a.jsonl", tmp_path / "b.jsonl", Wishes(fractions=fractions))
+    parts = [(tmp_path / f"b-{name}.jsonl").read_text().splitlines() for name in fractions]
+    assert sorted(parts[0] + parts[1]) == sorted((tmp_path / "a.jsonl").read_text().splitlines())
+    box = {"label": "WBC", "image": 0, "xyxy": [1, 1, 900, 900]}
+    bad: list[dict[str, object]] = [
+        {"images": ["source/p001.png"], "boxes": [box], "id": "far"},
+        {"images": ["source/none.png"], "id": "gone"},
+        {"images": ["source/p001.png"], "id": ""},
+    ]
+    rest = {"task": "locate", "messages": [{"role": "user", "content": "Where?"}]}
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(json.dumps(one | rest) for one in bad))
+    with pytest.raises(BrokenItems) as caught:
+        convert("jsonl", path, tmp_path / "c.jsonl")
+    for number, (reason, message) in enumerate(
+        zip(
+            caught.value.reasons,
+            ("lies mostly outside its picture of 8 x 8", "No such file", "'id' must be a text"),
+            strict=True,
+        ),
+        start=1,
+    ):
+        assert f"bad.jsonl:{number}: " in reason and message in reason
+
+
+def test_conversations_and_locate_questions_of_our_own_pass_as_they_are(tmp_path: Path) -> None:
+    captioned(tmp_path / "source", 1)
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "A picture."},
+        {"role": "user", "content": "And the cells?"},
+    ]
+    boxes = [{"label": name, "image": 0, "xyxy": [1.0, 1.0, 5.0, 5.0]} for name in ("WBC", "RBC")]
+    line = {"id": "a", "task": "locate", "images": ["source/p000.png"], "messages": turns}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(line | {"boxes": boxes}) + "\n")
+    convert("jsonl", path, tmp_path / "b.jsonl", Wishes(absent=True))
+    assert (tmp_path / "b.jsonl").read_text() == path.read_text()
+
+
 # Splits ----------------------------------------------------------------------------------------
 
 
