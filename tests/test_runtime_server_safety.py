@@ -38,7 +38,7 @@ def test_everything_that_holds_data_needs_the_token(server: Served) -> None:
             reply = stranger.get("/v1/models", headers={"Authorization": wrong})
             assert reply.status_code == 401 and reply.headers["www-authenticate"] == "Bearer"
         assert (
-            stranger.get("/v1/models", headers={"Authorization": b"Bearer \xff"}).status_code == 401
+            stranger.get("/v1/models", headers=[(b"Authorization", b"Bearer \xff")]).status_code == 401
         )
         assert stranger.post("/v1/studies", files={"file": png()}).status_code == 401
 
