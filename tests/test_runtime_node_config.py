@@ -98,3 +98,8 @@ def test_a_missing_file_and_no_rules(tmp_path: Path) -> None:
         read_node_config(_write(tmp_path, GOOD[: GOOD.index("[[rules]]")]))
     with pytest.raises(NodeError, match=r"there is no rule: add a \[\[rules\]\] table"):
         read_node_config(_write(tmp_path, "rules = []\n" + GOOD[: GOOD.index("[[rules]]")]))
+
+
+def test_the_example_of_the_documentation_is_valid() -> None:
+    config = read_node_config(Path(__file__).parents[1] / "examples" / "node.toml")
+    assert [rule.name for rule in config.rules] == ["chest-nodule", "ct-middle-slice"]
