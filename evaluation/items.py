@@ -6,6 +6,7 @@ cut at the edge); the rest makes the item broken. Nothing here writes a file.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -14,12 +15,17 @@ from typing import Any, TypeVar
 
 from medmo_edge.boxes import XYXY, Box
 from medmo_edge.errors import ImageError, SampleError
+from medmo_edge.image_budgets import check_pixels
+from medmo_edge.images import read_image
 from medmo_edge.prompts import TASK_PROMPTS, locate_prompt, user_message
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 INSIDE = 0.5  # part of a box that must lie in its picture: with less, they do not belong together
 
 Source = TypeVar("Source")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_QUARTER_TURNS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,34 +129,35 @@ def per_label(item: Item, absent: Iterable[str] = ()) -> Iterator[Item]:
 def picture_size(picture: Picture, where: str) -> tuple[int, int]:
     """(width, height) as displayed, from the header alone where the format allows.
 
-    Errors: SampleError when the picture is missing or is none.
+    Errors: SampleError when the picture is missing, is none, or is too large to be read later.
     """
+    try:
+        width, height = _size(picture)
+        check_pixels(width, height)
+    except ImageError as error:
+        raise SampleError(f"{where}: picture {picture.name} {error}") from error
+    return width, height
+
+
+def _size(picture: Picture) -> tuple[int, int]:
     from PIL import Image, UnidentifiedImageError
 
-    name = picture.name
     try:
-        with Image.open(
-            BytesIO(picture.data) if isinstance(picture, Embedded) else picture
-        ) as file:
-            turned = file.getexif().get(0x0112, 1) >= 5  # EXIF: a quarter turn
-            return (file.height, file.width) if turned else file.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
+            source = BytesIO(picture.data) if isinstance(picture, Embedded) else picture
+            with Image.open(source) as file:
+                turned = file.getexif().get(_ORIENTATION) in _QUARTER_TURNS
+                return (file.height, file.width) if turned else file.size
     except UnidentifiedImageError:
-        if isinstance(picture, Path):
-            return _dicom_size(picture, where)
-        raise SampleError(f"{where}: picture {name} is not a picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SampleError(f"{where}: picture {name} cannot be read ({reason})") from error
-
-
-def _dicom_size(path: Path, where: str) -> tuple[int, int]:
-    from medmo_edge.images import read_image
-
-    try:
-        source = read_image(path).source
-    except ImageError as error:
-        raise SampleError(f"{where}: picture {error}") from error
-    return source.width, source.height
+        if isinstance(picture, Embedded):
+            raise ImageError("is not a picture") from None
+        source_facts = read_image(picture).source  # perhaps DICOM
+        return source_facts.width, source_facts.height
+    # Pillow's parsers raise nearly anything on damaged bytes (struct.error, KeyError, ...).
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ImageError(f"cannot be read ({reason or type(error).__name__})") from error
 
 
 def fit_boxes(

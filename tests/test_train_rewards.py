@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,19 @@ def test_trl_calls_it_with_strings_and_with_messages() -> None:
         )
         assert values == [pytest.approx(1, abs=0.01), 0.0, None]
     assert reward.__name__ == "medmo" and trl_reward({"iou": 1.0}).__name__ == "iou"
+
+
+@pytest.mark.slow  # importing datasets takes 5 s
+def test_rows_survive_a_table_of_mixed_tasks() -> None:
+    datasets = pytest.importorskip("datasets", reason="TRL reads its rows from datasets")
+    half = Box("WBC", 50.5, 10, 100, 60)
+    nothing = Sample(id="n", task="locate", images=LOCATE.images, messages=LOCATE.messages)
+    vqa = Sample(id="q", task="vqa", messages=LOCATE.messages, answer="B", choices=("x", "y"))
+    samples = [LOCATE, nothing, replace(LOCATE, id="half", boxes=(half,)), vqa]
+    table = datasets.Dataset.from_list([columns(one, [GEOMETRY]) for one in samples])
+    texts = [render_boxes(one.boxes, GEOMETRY, "norm1000") or "None." for one in samples[:3]]
+    found = trl_reward()(prompts=["p"] * 4, completions=[*texts, "B"], **table[:])
+    assert found == [pytest.approx(1, abs=0.01)] * 4
 
 
 def test_a_missing_column_is_named() -> None:

@@ -198,7 +198,7 @@ def columns(
     texts = ("report", "caption")
     return {
         "sample_id": sample.id,
-        "boxes": [box.to_dict() for box in sample.boxes] if sample.task == "locate" else None,
+        "boxes": [*map(_box_values, sample.boxes)] if sample.task == "locate" else None,
         "geometries": [_geometry_values(geometry) for geometry in geometries],
         "coords": coords,
         "answer": sample.answer,
@@ -208,6 +208,11 @@ def columns(
 
 
 _SIDES = ("width", "height", "frame_width", "frame_height", "resized_width", "resized_height")
+
+
+def _box_values(box: Box) -> dict[str, Any]:
+    """Floats only: a table column has one type."""
+    return {"label": box.label, "image": box.image, "xyxy": [float(value) for value in box.xyxy]}
 
 
 def _geometry_values(geometry: Geometry) -> list[int]:
