@@ -78,20 +78,23 @@ def test_room_names_do_not_leak_to_the_top_level() -> None:
 def test_listed_packages_are_the_folders_with_code() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    listed = {name.split(".")[-1] for name in tools["packages"]}
+    ours = [name for name in tools["packages"] if name.startswith("medmo_edge")]
+    listed = {name.split(".")[-1] for name in ours}
     assert listed == folders == {"medmo_edge", *ROOMS}
     for room in ROOMS:
         link = ROOT / "medmo_edge" / room
         assert link.is_symlink() and os.readlink(link) == f"../{room}"
 
 
-def test_wheel_holds_one_top_level_package_with_its_data(tmp_path: Path) -> None:
+def test_wheel_holds_our_package_with_its_data_and_the_optimum_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"medmo_edge"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"medmo_edge", "optimum"}
+    in_optimum = [name for name in names if name.startswith("optimum/")]
+    assert in_optimum == ["optimum/commands/register/register_medmo_edge.py"]
     for needed in (
         "medmo_edge/py.typed",
         "medmo_edge/runtime/session.py",
