@@ -78,14 +78,16 @@ def csv_rows(path: Path, needed: Iterable[str]) -> Iterator[tuple[str, dict[str,
     """
     text = io.StringIO(read_text(path), newline="")
     csv.field_size_limit(_CELL)
-    reader = csv.reader(text)
+    reader = csv.reader(text, skipinitialspace=True)
     try:
         header = [name.strip() for name in next(reader, [])]
         if missing := [name for name in needed if name not in header]:
             raise SampleError(f"{path}: column {missing[0]!r} is missing: has {', '.join(header)}")
+        last = reader.line_num
         for cells in reader:
+            where = f"{path}:{last + 1}"  # where the row begins; cells may hold line ends
+            last = reader.line_num
             if cells:
-                where = f"{path}:{reader.line_num}"
                 if len(cells) != len(header):
                     raise SampleError(f"{where}: {len(cells)} cells under {len(header)} columns")
                 values = (cell.strip() for cell in cells)
