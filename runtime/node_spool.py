@@ -5,6 +5,7 @@ folder flushed too. Names are made here, never taken from a peer. The folder is 
 time and readable by its user only.
 """
 
+import importlib.util
 import os
 import secrets
 import shutil
@@ -40,7 +41,12 @@ class Spool:
         return self.folder / "queue.sqlite"
 
     def lock(self) -> None:
-        """Take the spool for this process, until it ends. Errors: NodeError when it is taken."""
+        """Take the spool for this process, until it ends.
+
+        Errors: NodeError when it is taken, or the system has no file locks of this kind.
+        """
+        if importlib.util.find_spec("fcntl") is None:
+            raise NodeError("the DICOM node needs a POSIX system, Linux for example")
         for _ in range(_LOCK_TRIES):  # somebody who asks for the status holds it for a moment
             if self._try_lock():
                 return

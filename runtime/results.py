@@ -5,6 +5,7 @@ of an algorithm for research use, name it with the hash of its weights, and carr
 the source's patient and study. None is a diagnosis, and none is sent anywhere from here.
 """
 
+import errno
 import io
 import os
 import secrets
@@ -17,7 +18,13 @@ from typing import TYPE_CHECKING
 from medmo_edge.errors import MedmoError, ResultError
 from medmo_edge.images import Frame
 from medmo_edge.runtime.answers import Answer
-from medmo_edge.runtime.results_origin import Origin, ResultOptions
+from medmo_edge.runtime.results_origin import (
+    MANUFACTURER,
+    NOTICE,
+    Origin,
+    ResultOptions,
+    limited,
+)
 from medmo_edge.runtime.results_source import IDENTITY, Reference, read_references
 
 if TYPE_CHECKING:
@@ -220,10 +227,8 @@ def store(path: Path, content: bytes, *, overwrite: bool) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
+        if overwrite or not _link(partial, path):
             partial.replace(path)
-        else:
-            os.link(partial, path)  # unlike a rename, it never replaces what came meanwhile
     except FileExistsError:
         raise ResultError(
             f"{path} exists already: choose another name or add --overwrite"
@@ -232,6 +237,22 @@ def store(path: Path, content: bytes, *, overwrite: bool) -> None:
         raise ResultError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link(partial: Path, path: Path) -> bool:
+    """Publish by a link, which unlike a rename never replaces what came meanwhile.
+
+    False on file systems without links. Errors: FileExistsError and other OSError.
+    """
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        return False
+    return True
 
 
 Build = Callable[[tuple[Reference, ...], Origin], "Dataset"]
@@ -265,6 +286,24 @@ def _dicom(
         ) from error
 
 
+def _add_equipment(dataset: "Dataset", origin: Origin) -> None:
+    """The algorithm among the equipment that contributed, where archives look for it."""
+    from highdicom import ContributingEquipment
+    from pydicom.sr.codedict import codes
+
+    equipment = ContributingEquipment(
+        manufacturer=MANUFACTURER,
+        purpose_of_reference=codes.DCM.ProcessingEquipment,
+        manufacturer_model_name=limited(origin.name, 64),
+        software_versions=limited(origin.version, 64),
+        device_serial_number=origin.weights[:64],
+        contribution_datetime=origin.moment.replace(tzinfo=None),
+        contribution_description=f"{NOTICE}. Unverified. Weights sha256 {origin.weights}",
+    )
+    others = list(dataset.get("ContributingEquipmentSequence", ()))
+    dataset.ContributingEquipmentSequence = [equipment, *others]
+
+
 def _restore_classes(dataset: "Dataset", references: tuple[Reference, ...]) -> None:
     """Every reference names its image's own SOP class, in place of STAND_IN_CLASS."""
     classes = {reference.uid: reference.sop_class for reference in references}
@@ -283,6 +322,7 @@ def _encode(dataset: "Dataset", reference: Reference, origin: Origin) -> bytes:
     for keyword in (*IDENTITY, "StudyInstanceUID", "SpecificCharacterSet"):
         if keyword in reference.identity:
             setattr(dataset, keyword, reference.identity[keyword].value)
+    _add_equipment(dataset, origin)
     dataset.SeriesDate = origin.moment.strftime("%Y%m%d")
     dataset.SeriesTime = origin.moment.strftime("%H%M%S")
     dataset.InstanceCreationDate = dataset.SeriesDate

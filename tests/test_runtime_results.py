@@ -147,6 +147,12 @@ def test_the_report_says_who_made_it_and_of_whom(write_source: WriteSource, tmp_
         *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyDescription", "AccessionNumber"),
     ):
         assert report[keyword].value == source[keyword].value, keyword
+    equipment = report.ContributingEquipmentSequence[0]
+    assert (equipment.Manufacturer, equipment.SoftwareVersions) == (
+        "MedMO Edge",
+        report.SoftwareVersions,
+    )
+    assert "Weights sha256" in equipment.ContributionDescription
     assert report.VerificationFlag == "UNVERIFIED" and report.PreliminaryFlag == "PRELIMINARY"
     assert "RESEARCH USE ONLY" in report.SeriesDescription
     (study,) = report.CurrentRequestedProcedureEvidenceSequence
@@ -295,6 +301,33 @@ def test_boxes_of_several_images_refer_to_their_own(
         assert _errors(make(frames, answer), tmp_path / "result.dcm") == []
     with pytest.raises(ResultError, match="one image at a time"):
         make_sc(frames, answer)
+
+
+def test_two_frames_of_one_file_and_two_studies_of_one_patient(
+    write_source: WriteSource, tmp_path: Path
+) -> None:
+    path = write_source("mr-frames", tmp_path / "source.dcm")
+    frames = [read_image(path, frame=number) for number in (0, 2)]
+    answer = _ask(frames, "Image 2: nodule <box>[[0, 0, 100, 100]]</box>")
+    for make in (make_sr, make_gsps):
+        assert _errors(make(frames, answer), tmp_path / "result.dcm") == []
+    state = _read(make_gsps(frames, answer))
+    numbers = [
+        each.ReferencedImageSequence[0].ReferencedFrameNumber
+        for each in state.GraphicAnnotationSequence
+    ]
+    assert numbers == [1, 3] and len(state.DisplayedAreaSelectionSequence) == 1
+    centers = [item.WindowCenter for item in state.SoftcopyVOILUTSequence]
+    assert centers == [300, 500]
+    prior = read_image(
+        write_source("mr", tmp_path / "b.dcm", StudyInstanceUID="1.2.9", SOPInstanceUID="1.2.10")
+    )
+    frames = [frames[0], prior]
+    report = _read(make_sr(frames, _ask(frames)))
+    assert _errors(make_sr(frames, _ask(frames)), tmp_path / "result.dcm") == []
+    assert report.PertinentOtherEvidenceSequence[0].StudyInstanceUID == "1.2.9"
+    with pytest.raises(ResultError, match="several studies"):
+        make_gsps(frames, answer)
 
 
 def test_uids_stand_under_the_root_and_repeat_with_the_seed(
