@@ -21,6 +21,7 @@ from medmo_edge.evaluation.summary import METRICS, by_sample, clean
 
 PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
+_MAX_SIGNS = 4_000_000  # drawn at a time, to bound memory
 
 Line = dict[str, Any]
 
@@ -83,8 +84,9 @@ def _sign_flips(delta: np.ndarray, seed: int) -> float:
     rng = np.random.default_rng(seed)
     seen = abs(float(moved.sum())) - 1e-9
     extreme = 0
-    for start in range(0, PERMUTATIONS, 1000):
-        count = min(1000, PERMUTATIONS - start)
+    step = max(1, _MAX_SIGNS // len(moved))
+    for start in range(0, PERMUTATIONS, step):
+        count = min(step, PERMUTATIONS - start)
         signs = rng.integers(0, 2, (count, len(moved))) * 2 - 1
         extreme += int((np.abs(signs @ moved) >= seen).sum())
     return (extreme + 1) / (PERMUTATIONS + 1)

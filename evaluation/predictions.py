@@ -151,11 +151,11 @@ def _other_run(path: Path, found: dict[str, Any], run: dict[str, Any]) -> str:
     """One line that names the first thing that differs."""
     here, there = _flat(run), _flat(found)
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    key = next((key for key in keys if not key.endswith("sha256")), keys[0])
-    return (
-        f"{path} holds the predictions of another run ({key}: {there.get(key)!r} there, "
-        f"{here.get(key)!r} here): choose another output folder"
-    )
+    plain = [key for key in keys if not key.endswith("sha256")]
+    what = "the model's files or the benchmark's questions, labels or pictures differ"
+    if plain:
+        what = f"{plain[0]}: {there.get(plain[0])!r} there, {here.get(plain[0])!r} here"
+    return f"{path} holds the predictions of another run ({what}): choose another output folder"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

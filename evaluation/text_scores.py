@@ -11,8 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 _EPSILON = 1e-8  # as in the rouge package
 _CIDER_N = 4
 _CIDER_SIGMA = 6.0
@@ -141,19 +139,19 @@ def _f1(shared: int, said: int, wanted: int) -> float:
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> list[str]:
     """One longest common subsequence, chosen as the reference does when there are several."""
-    table = np.zeros((len(a) + 1, len(b) + 1), np.int32)
-    for i, word in enumerate(a, start=1):
-        for j, other in enumerate(b, start=1):
-            table[i, j] = (
-                table[i - 1, j - 1] + 1 if word == other else max(table[i - 1, j], table[i, j - 1])
-            )
+    table = [[0] * (len(b) + 1)]
+    for word in a:
+        above, row = table[-1], [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
+        table.append(row)
     found: list[str] = []
     i, j = len(a), len(b)
     while i and j:
         if a[i - 1] == b[j - 1]:
             found.append(a[i - 1])
             i, j = i - 1, j - 1
-        elif table[i - 1, j] > table[i, j - 1]:
+        elif table[i - 1][j] > table[i][j - 1]:
             i -= 1
         else:
             j -= 1
