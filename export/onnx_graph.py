@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Page size: a runtime may map weights straight from the file.
 ALIGNMENT = 4096
+_STRIP = 64
 CONTRIB = "com.microsoft"
 # The first intermediate representation that knows the operator set.
 _IR_VERSION = {21: 10, 23: 11, 24: 12}
@@ -63,7 +64,7 @@ class Region:
         ``first_byte`` is where the first of them lies within a row.
         """
         row_bytes = self._nbytes // columns.shape[0]
-        for index, row in enumerate(np.ascontiguousarray(columns)):
+        for index, row in enumerate(_by_rows(columns)):
             self._put(index * row_bytes + first_byte, row)
         self._count(columns.nbytes)
 
@@ -76,6 +77,14 @@ class Region:
         """Raises RuntimeError when the weight is not whole: a bug of whoever wrote it."""
         if self._written != self._nbytes:
             raise RuntimeError(f"wrote {self._written} of {self._nbytes} bytes of a weight")
+
+
+def _by_rows(columns: NDArray[Any]) -> NDArray[Any]:
+    """A contiguous copy; narrow strips keep a transposed matrix in the cache on the way."""
+    copy = np.empty(columns.shape, columns.dtype)
+    for first in range(0, columns.shape[1], _STRIP):
+        copy[:, first : first + _STRIP] = columns[:, first : first + _STRIP]
+    return copy
 
 
 Fill = Callable[[Sequence[Region]], None]
