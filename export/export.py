@@ -22,8 +22,9 @@ from medmo_edge.evaluation.golden import make_golden
 from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, write_files
 from medmo_edge.export.gguf_importance import importance_of
 from medmo_edge.export.licence import stated_licence
+from medmo_edge.export.onnx_calibrated import calibrated
 from medmo_edge.export.onnx_files import ROLES as ONNX_ROLES
-from medmo_edge.export.onnx_files import find_recipe, plan_onnx, write_onnx
+from medmo_edge.export.onnx_files import GraphOptions, find_recipe, plan_onnx, write_onnx
 from medmo_edge.export.targets import Target, find_target
 from medmo_edge.manifest import (
     FileRecord,
@@ -88,7 +89,7 @@ def export_checkpoint(
             matrix = importance_of(record, opened) if record else matrix
             job = _gguf_job(opened, row, staging, matrix, str(imatrix or calibration or ""))
         else:
-            job = _onnx_job(opened, row, staging)
+            job = _onnx_job(opened, row, staging, record, report)
         facts = _model_facts(opened)
         _check_space(job.data_bytes + opened.tokenizer_path.stat().st_size, staging)
         weights = job.write(report)
@@ -134,8 +135,13 @@ def _gguf_job(
     )
 
 
-def _onnx_job(checkpoint: Checkpoint, row: Target, folder: Path) -> _Job:
-    plan = plan_onnx(checkpoint, find_recipe(row.weights))
+def _onnx_job(
+    checkpoint: Checkpoint, row: Target, folder: Path, record: Record | None, report: Progress
+) -> _Job:
+    recipe, options = find_recipe(row.weights), GraphOptions()
+    if record:
+        options = calibrated(options, record, checkpoint, recipe, report)
+    plan = plan_onnx(checkpoint, recipe, options)
     return _Job(
         data_bytes=plan.data_bytes,
         roles=ONNX_ROLES,
@@ -220,7 +226,7 @@ def _check_calibration(row: Target, imatrix: Path | None, calibration: Path | No
         raise UsageError("--calibration already says what --imatrix would: give one of them")
     if imatrix and not row.takes_imatrix:
         raise UsageError(f"{row.name} is not changed by an importance matrix: leave --imatrix out")
-    if calibration and not row.takes_imatrix:
+    if calibration and not row.takes_record:
         raise UsageError(f"{row.name} is not changed by calibration: leave --calibration out")
 
 

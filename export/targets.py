@@ -15,9 +15,9 @@ from medmo_edge.errors import UsageError
 class Target:
     """One row: ``weights`` names the storage of the language model's matrices.
 
-    ``needs_calibration`` names what an export cannot do without, ``takes_imatrix`` whether an
-    importance matrix changes the result, ``min_sm`` the oldest CUDA compute capability it runs on
-    (None: any device, CPU included).
+    ``needs_calibration`` names what an export cannot do without, ``takes_imatrix`` and
+    ``takes_record`` whether an importance matrix and a calibration record change the result,
+    ``min_sm`` the oldest CUDA compute capability it runs on (None: any device, CPU included).
     """
 
     name: str
@@ -26,6 +26,7 @@ class Target:
     weights: str
     needs_calibration: str | None = None
     takes_imatrix: bool = False
+    takes_record: bool = False
     min_sm: int | None = None
 
 
@@ -36,11 +37,18 @@ def _gguf(weights: str, *, takes_imatrix: bool = False) -> Target:
         format="gguf",
         weights=weights,
         takes_imatrix=takes_imatrix,
+        takes_record=takes_imatrix,
     )
 
 
-def _onnx(weights: str) -> Target:
-    return Target(name=f"onnx-{weights}", backend="ort", format="onnx", weights=weights)
+def _onnx(weights: str, *, takes_record: bool = False) -> Target:
+    return Target(
+        name=f"onnx-{weights}",
+        backend="ort",
+        format="onnx",
+        weights=weights,
+        takes_record=takes_record,
+    )
 
 
 TARGETS: dict[str, Target] = {
@@ -56,7 +64,7 @@ TARGETS: dict[str, Target] = {
         _onnx("fp32"),
         _onnx("fp16"),
         _onnx("int8"),
-        _onnx("int4"),
+        _onnx("int4", takes_record=True),
     )
 }
 

@@ -169,7 +169,7 @@ def test_layers_report_their_outputs(checkpoint: Checkpoint) -> None:
     assert seen["model.visual.merger"] == [0]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 9])
+@pytest.mark.parametrize("stop", [1, 4, 9])
 def test_a_pass_that_stopped_goes_on_where_it_was(
     tiny_untied_checkpoint: Path, tmp_path: Path, stop: int
 ) -> None:
