@@ -86,8 +86,10 @@ class Reader:
         self._turns = asyncio.Semaphore(MAX_DECODERS)
         self._frames: OrderedDict[tuple[str, int, WindowRequest], Frame] = OrderedDict()
 
-    async def read(self, path: Path, frame: int = 0, window: WindowRequest = None) -> Frame:
-        """One frame of a file. Errors: Problem 400 with what is wrong, without the path."""
+    async def read(
+        self, path: Path, frame: int = 0, window: WindowRequest = None, *, name: str
+    ) -> Frame:
+        """One frame of a file that errors call ``name``. Errors: Problem 400 without the path."""
         key = (str(path), frame, window)
         if key in self._frames:
             self._frames.move_to_end(key)
@@ -98,7 +100,7 @@ class Reader:
             except ImageError as error:
                 reason = str(error).removeprefix(f"{path}: ")
                 raise bad_request(
-                    f"image: {image_message(ImageError(reason))}", code="invalid_image"
+                    f"{name}: {image_message(ImageError(reason))}", code="invalid_image"
                 ) from None
         self._frames[key] = found
         while sum(each.pixels.nbytes for each in self._frames.values()) > FRAME_CACHE_BYTES:

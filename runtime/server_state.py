@@ -119,7 +119,7 @@ class Chats:
     async def _frame(self, index: int, data: bytes) -> Frame:
         path, _ = await asyncio.to_thread(self._spool.add, io.BytesIO(data), len(data))
         try:
-            frame = await self._reader.read(path)
+            frame = await self._reader.read(path, name=f"image {index + 1}")
         finally:
             self._reader.forget(path)
             path.unlink(missing_ok=True)

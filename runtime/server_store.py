@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from medmo_edge.images import Frame, WindowRequest
 from medmo_edge.runtime.server_files import Reader, Spool
-from medmo_edge.runtime.server_problems import Problem, bad_request, not_found
+from medmo_edge.runtime.server_problems import Problem, not_found
 from medmo_edge.runtime.session import Answer, Session, Study
 
 _KEPT_VIEWS = 4  # sets of frames of one study whose evaluated images are kept
@@ -121,7 +121,10 @@ class Store:
                 path, size = await asyncio.to_thread(self._spool.add, source, left)
                 paths.append(path)
                 total += size
-            firsts = [await self._first(path, at, frame, window) for at, path in enumerate(paths)]
+            firsts = [
+                await self._reader.read(path, frame, window, name=f"file {at + 1}")
+                for at, path in enumerate(paths)
+            ]
         except BaseException:
             self._delete(paths)
             raise
@@ -138,20 +141,16 @@ class Store:
         self._entries[entry.id] = entry
         return entry
 
-    async def _first(self, path: Path, at: int, frame: int, window: WindowRequest) -> Frame:
-        try:
-            return await self._reader.read(path, frame, window)
-        except Problem as problem:
-            raise bad_request(f"file {at + 1}: {problem.message}", "file", problem.code) from None
-
     async def frames(self, entry: Entry, views: Sequence[View]) -> tuple[Frame, ...]:
         """The frames of ``views``. Errors: Problem."""
         for view in views:
             if not 0 <= view.index < len(entry.paths):
                 raise not_found("image")
-        return tuple(
-            [await self._reader.read(entry.paths[v.index], v.frame, v.window) for v in views]
-        )
+        found = []
+        for view in views:
+            path, name = entry.paths[view.index], f"image {view.index + 1}"
+            found.append(await self._reader.read(path, view.frame, view.window, name=name))
+        return tuple(found)
 
     async def study(
         self, entry: Entry, session: Session, views: Sequence[View], frames: Sequence[Frame]
