@@ -241,12 +241,16 @@ def test_a_client_that_goes_away_stops_its_answer(slow: None) -> None:
 
 
 def test_a_full_queue_and_a_timeout_have_a_status(slow: None) -> None:
-    with served(f"fake:{'long ' * 40}", max_waiting=1, timeout_seconds=1.0) as running:
+    with served(f"fake:{'long ' * 40}", max_waiting=1, timeout_seconds=2.0) as running:
         ask = {"model": "fake", "messages": [{"role": "user", "content": "Go on."}]}
         found: list[Any] = []
 
+        together = threading.Barrier(4)
+
         def one() -> None:
             with _open(running) as client:
+                client.models.list()
+                together.wait()
                 try:
                     found.append(client.chat.completions.create(**ask))
                 except openai.APIStatusError as error:
