@@ -167,7 +167,7 @@ _ROWS = (
         metric="accuracy",
         describe="MedXpertQA MM, test, with images/",
         read=_exam(exams.MEDXPERT_MM),
-        ask=ask_choice,
+        ask=partial(ask_choice, listed=True),
         num_items=2000,
         group_keys=("medical_task", "question_type"),
     ),
@@ -254,7 +254,7 @@ _ROWS = (
         metric="rouge_l",
         describe="CheXpert Plus, test.json and images/ in MedEvalKit's layout",
         read=lambda folder, broken: read_reports("chexpert-plus", folder, broken),
-        ask=ask_report,
+        ask=partial(ask_report, listed=False),
     ),
     Benchmark(
         name="iu-xray",

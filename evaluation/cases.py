@@ -136,10 +136,12 @@ def lettered(choices: Sequence[str], form: str) -> tuple[str, ...]:
     return tuple(form.format(letter, text) for letter, text in zip(LETTERS, choices, strict=False))
 
 
-def image_texts(item: Item) -> tuple[str, ...]:
-    """MedEvalKit's texts before the images when an item has a list of them."""
+def image_texts(item: Item, listed: bool = False) -> tuple[str, ...]:
+    """MedEvalKit's texts before the images of a list; ``listed``: a set whose lists may hold one."""
     count = len(item.images)
-    return tuple(f"<image_{number}>: " for number in range(1, count + 1)) if count > 1 else ()
+    if count < 2 and not listed:
+        return ()
+    return tuple(f"<image_{number}>: " for number in range(1, count + 1))
 
 
 def convert_boxes(question: str, geometry: Geometry, coords: Coords) -> str:
@@ -169,13 +171,14 @@ def _case(item: Item, question: str, rule: str, tokens: int, **more: object) -> 
     )
 
 
-def ask_choice(item: Item, form: str = "{}. {}") -> Iterator[Case]:
+def ask_choice(item: Item, form: str = "{}. {}", listed: bool = False) -> Iterator[Case]:
     """Multiple choice; ``form`` prints an option. A context stands before the question."""
     options = lettered(item.choices, form)
     text = choice_text(item.question, options)
     if item.meta.get("context"):
         text = f"Context: {item.meta['context']}\n{text}"
-    yield _case(item, text, "choice", SHORT_ANSWER, options=options)
+    named = image_texts(item, listed)
+    yield _case(item, text, "choice", SHORT_ANSWER, options=options, image_texts=named)
 
 
 def ask_mmmu(item: Item) -> Iterator[Case]:
@@ -207,11 +210,12 @@ def ask_slake(item: Item) -> Iterator[Case]:
     yield _case(item, f"{item.question}\n{tail}", rule, PHRASE, groups=kind)
 
 
-def ask_report(item: Item, prompt: str = REPORT) -> Iterator[Case]:
+def ask_report(item: Item, prompt: str = REPORT, listed: bool = True) -> Iterator[Case]:
     """Both halves of a report, against the published reference string."""
     halves = [str(item.meta.get(key) or "") for key in ("findings", "impression")]
     gold = f"Findings: {halves[0]} Impression: {halves[1]}." if any(halves) else item.target or ""
-    yield _case(item, prompt, "report", LONG, gold=gold)
+    named = image_texts(item, listed)
+    yield _case(item, prompt, "report", LONG, gold=gold, image_texts=named)
 
 
 def ask_caption(item: Item) -> Iterator[Case]:

@@ -83,6 +83,11 @@ def test_several_images_are_numbered_in_words(tmp_path: Path) -> None:
     (case,) = load_questions("medxpertqa-mm", tmp_path).cases
     assert case.image_texts == ("<image_1>: ", "<image_2>: ")
     assert len(case.images) == 2
+    FOLDERS["chexpert-plus"][0](tmp_path / "chexpert")
+    (single,) = load_questions("chexpert-plus", tmp_path / "chexpert").cases
+    assert single.image_texts == ()  # one image, not a list of one
+    (listed,) = load_questions("mimic-cxr", tmp_path / "chexpert").cases
+    assert listed.image_texts == ("<image_1>: ",)
 
 
 def test_mmmu_items_with_pictures_as_options_show_none(tmp_path: Path) -> None:
