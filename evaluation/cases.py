@@ -137,7 +137,7 @@ def lettered(choices: Sequence[str], form: str) -> tuple[str, ...]:
 
 
 def image_texts(item: Item, listed: bool = False) -> tuple[str, ...]:
-    """MedEvalKit's texts before the images of a list; ``listed``: a set whose lists may hold one."""
+    """MedEvalKit's texts before the images of a list; ``listed``: its lists may hold one image."""
     count = len(item.images)
     if count < 2 and not listed:
         return ()
