@@ -132,10 +132,11 @@ def node_command(
 def run_node(artifact: str, config: NodeConfig, *, backend: str, threads: int | None) -> None:
     """Load ``artifact`` and serve until interrupted. Errors: NodeError and those of ``load``."""
     check_libraries()
-    silence_libraries()
+    log = NodeLog()
+    silence_libraries(log)
     session = load(artifact, backend, threads=threads)
     try:
-        node = Node(config, session)
+        node = Node(config, session, log)
     except BaseException:
         session.close()
         raise
@@ -177,8 +178,16 @@ def check_libraries() -> None:
         raise NodeError("the node needs pynetdicom: pip install 'medmo-edge[dicom]'") from error
 
 
-def silence_libraries() -> None:
-    """Their logs quote data sets, names of patients included: they say nothing here."""
+def silence_libraries(log: NodeLog) -> None:
+    """Their logs and tracebacks quote data sets, names of patients included: none is printed.
+
+    A thread of pynetdicom that a damaged message ends becomes one event without its text.
+    """
+
+    def thread_ended(details: threading.ExceptHookArgs) -> None:
+        log.event("thread_ended", reason=details.exc_type.__name__)
+
+    threading.excepthook = thread_ended
     for name in ("pydicom", "pynetdicom", "highdicom"):
         logger = logging.getLogger(name)
         logger.handlers = [logging.NullHandler()]
