@@ -7,6 +7,7 @@ are scored against boxes.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from medmo_edge.boxes import NORM, Box, Geometry, format_boxes
 from medmo_edge.train.rewards import DEFAULT_WEIGHTS, Case, box_reward, combine, judge
@@ -76,58 +77,65 @@ def box_answers() -> dict[str, Case]:
     }
 
 
-def fact_answers() -> dict[str, tuple[str, Case]]:
+def question_answers() -> dict[str, tuple[str, Case]]:
     """Answers to questions with one true answer, each under the reward that judges it."""
+    facts: dict[str, dict[str, Any]] = {
+        "option": {"answer": "B", "choices": CHOICES},
+        "yes_no": {"answer": "yes"},
+        "number": {"answer": "3.2 cm"},
+    }
+    texts = {
+        "option": {
+            "B": "B",
+            "B. Lung": "B. Lung",
+            "all letters: A B C D": "A B C D",
+            "all options": "A. Liver B. Lung C. Heart D. Brain",
+            "letter and another text: B. Heart": "B. Heart",
+            "no option (empty)": "",
+        },
+        "yes_no": {
+            "Yes, there is.": "Yes, there is.",
+            "yes and no": "yes and no",
+            "Yes. No.": "Yes. No.",
+            "no yes or no (empty)": "",
+        },
+        "number": {
+            "32 mm": "32 mm",
+            "3.2 without unit": "3.2",
+            "other unit: 3.2 mm": "3.2 mm",
+            "many sizes: 1 cm, 2 cm, 3.2 cm": "1 cm, 2 cm, 3.2 cm",
+            "range: 1-10 cm": "1-10 cm",
+            "no number (empty)": "",
+        },
+    }
+    return {
+        name: (reward, Case(text=text, **facts[reward]))
+        for reward, answers in texts.items()
+        for name, text in answers.items()
+    }
 
-    def option(text: str) -> tuple[str, Case]:
-        return "option", Case(text=text, answer="B", choices=CHOICES)
 
-    def yes_no(text: str) -> tuple[str, Case]:
-        return "yes_no", Case(text=text, answer="yes")
-
-    def number(text: str) -> tuple[str, Case]:
-        return "number", Case(text=text, answer="3.2 cm")
-
-    def report(text: str) -> tuple[str, Case]:
-        return "findings", Case(text=text, target=REPORT)
-
+def report_answers() -> dict[str, tuple[str, Case]]:
+    """Reports of the radiograph that ``REPORT`` describes."""
     findings = "cardiomegaly edema consolidation pneumonia atelectasis fracture".split()
     findings += "pneumothorax effusion emphysema fibrosis lymphadenopathy".split()
     every = " ".join(f"There is {name}." for name in findings)
     none = " ".join(f"No {name}." for name in findings)
-    return {
-        "B": option("B"),
-        "B. Lung": option("B. Lung"),
-        "all letters: A B C D": option("A B C D"),
-        "all options": option("A. Liver B. Lung C. Heart D. Brain"),
-        "letter and another text: B. Heart": option("B. Heart"),
-        "no option (empty)": option(""),
-        "Yes, there is.": yes_no("Yes, there is."),
-        "yes and no": yes_no("yes and no"),
-        "Yes. No.": yes_no("Yes. No."),
-        "no yes or no (empty)": yes_no(""),
-        "32 mm": number("32 mm"),
-        "3.2 without unit": number("3.2"),
-        "other unit: 3.2 mm": number("3.2 mm"),
-        "many sizes: 1 cm, 2 cm, 3.2 cm": number("1 cm, 2 cm, 3.2 cm"),
-        "range: 1-10 cm": number("1-10 cm"),
-        "no number (empty)": number(""),
-        "the report itself": report(REPORT),
-        "the report without its effusion": report(
-            REPORT.replace("Small left pleural effusion.", "")
-        ),
-        "the report mirrored": report(
-            REPORT.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right")
-        ),
-        "no report (empty)": report(""),
-        "every finding present": report(every),
-        "every finding denied": report(none),
-        "every finding present and denied": report(f"{every} {none}"),
-        "the report's own findings negated": report(
+    swapped = REPORT.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right")
+    texts = {
+        "the report itself": REPORT,
+        "the report without its effusion": REPORT.replace("Small left pleural effusion.", ""),
+        "the report mirrored": swapped,
+        "no report (empty)": "",
+        "every finding present": every,
+        "every finding denied": none,
+        "every finding present and denied": f"{every} {none}",
+        "the report's own findings negated": (
             "No pleural effusion. No consolidation. There is a pneumothorax."
         ),
-        "the report said five times": report(" ".join([REPORT] * 5)),
+        "the report said five times": " ".join([REPORT] * 5),
     }
+    return {name: ("findings", Case(text=text, target=REPORT)) for name, text in texts.items()}
 
 
 def scores(case: Case) -> dict[str, float]:
@@ -152,7 +160,7 @@ def tables() -> str:
         values = scores(case)
         lines.append(f"| {answer} | {' | '.join(f'{values[name]:.2f}' for name in names)} |")
     lines += ["", "| reward | answer | score |", "|---|---|---:|"]
-    for answer, (name, case) in fact_answers().items():
+    for answer, (name, case) in (question_answers() | report_answers()).items():
         lines.append(f"| {name} | {answer} | {judge(name, case):.2f} |")
     return "\n".join(lines)
 

@@ -170,12 +170,16 @@ class _Draft:
 
     def take(self, item: Item) -> None:
         """Write one item as a line; an id used before makes it broken."""
-        if item.id in self._ids:
-            self.report.broken.append(f"{item.where}: id {item.id!r} was used before")
+        try:
+            if item.id in self._ids:
+                raise SampleError(f"{item.where}: id {item.id!r} was used before")
+            keys = item_keys(item, self._digests) if self.wishes.fractions else []
+        except SampleError as error:
+            self.report.broken.append(str(error))
             return
         self._ids.add(item.id)
-        if self.wishes.fractions:
-            self._keys.append(self._groups.join(item_keys(item, self._digests)))
+        if keys:
+            self._keys.append(self._groups.join(keys))
         images = tuple(self._place(picture) for picture in item.images)
         sample = Sample(
             id=item.id,

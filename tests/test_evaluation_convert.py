@@ -200,6 +200,16 @@ def test_our_own_files_are_checked_and_split(tmp_path: Path) -> None:
         assert f"bad.jsonl:{number}: " in reason and message in reason
 
 
+def test_an_id_used_twice_is_broken(tmp_path: Path) -> None:
+    line = {"id": "a", "task": "text_qa", "messages": [{"role": "user", "content": "?"}]}
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n{json.dumps(line | {'id': 'b'})}\n")
+    with pytest.raises(BrokenItems, match="a.jsonl:2: id 'a' was used before"):
+        convert("jsonl", path, tmp_path / "b.jsonl")
+    convert("jsonl", path, tmp_path / "b.jsonl", Wishes(skip_broken=True))
+    assert [sample.id for sample in read_samples(tmp_path / "b.jsonl")] == ["a", "b"]
+
+
 def test_conversations_and_locate_questions_of_our_own_pass_as_they_are(tmp_path: Path) -> None:
     captioned(tmp_path / "source", 1)
     turns = [
