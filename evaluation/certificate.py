@@ -34,14 +34,20 @@ class Circumstances:
     device_class: str
     reference: dict[str, Any]
     unquantised: str | None
-    samples: dict[str, Any]
-    seconds: float
 
 
 def make_run(
-    manifest: Manifest, stages: Sequence[Stage], gates: Gates, where: Circumstances
+    manifest: Manifest,
+    stages: Sequence[Stage],
+    gates: Gates,
+    where: Circumstances,
+    samples: dict[str, Any],
+    seconds: float,
 ) -> dict[str, Any]:
-    """One entry of the certificate: verdict, what it is bound to, every figure and threshold."""
+    """One entry of the certificate: verdict, what it is bound to, every figure and threshold.
+
+    ``samples`` describes the sample set by its hash and counts.
+    """
     return {
         "verdict": overall(stages),
         "failed_stage": first_failure(stages),
@@ -58,10 +64,10 @@ def make_run(
         "device_class": where.device_class,
         "reference": where.reference,
         "unquantised": where.unquantised,
-        "samples": where.samples,
+        "samples": samples,
         "class": gates.class_of(manifest.target),
         "stages": [stage.to_dict() for stage in stages],
-        "seconds": round(where.seconds, 1),
+        "seconds": round(seconds, 1),
     }
 
 

@@ -9,7 +9,7 @@ not given here.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +173,28 @@ def _scores(
 
 
 def measure_all(
-    bench: Bench, samples: Sequence[Sample], journal: Path, progress: Progress
+    bench: Bench,
+    samples: Sequence[Sample],
+    probes: Sequence[Case],
+    journal: Path,
+    progress: Progress,
 ) -> list[Record]:
-    """Measure the samples that ``journal`` does not hold yet; every record is appended to it."""
+    """Measure the cases that ``journal`` does not hold yet; every record is appended to it."""
     records = read_journal(journal)
     done = {record.id for record in records}
-    waiting = [sample for sample in samples if sample.id not in done]
-    progress("samples", len(records), len(samples))
+    cases = chain(
+        (case for case in probes if case.sample.id not in done),
+        open_cases([sample for sample in samples if sample.id not in done]),
+    )
+    total = len(samples) + len(probes)
+    progress("samples", len(records), total)
     with journal.open("a", encoding="utf-8") as file:
-        for cases in _chunks(open_cases(waiting), bench.reference.chunk):
-            for record in bench.measure(cases):
+        for chunk in _chunks(cases, bench.reference.chunk):
+            for record in bench.measure(chunk):
                 file.write(record.to_json() + "\n")
                 file.flush()
                 records.append(record)
-                progress("samples", len(records), len(samples))
+                progress("samples", len(records), total)
     return records
 
 

@@ -16,6 +16,7 @@ from medmo_edge.evaluation.gates import Gates, Losses
 from medmo_edge.evaluation.measure import Record
 from medmo_edge.evaluation.retention import pictures_needed, retention
 from medmo_edge.evaluation.truth import Kind
+from medmo_edge.evaluation.verify_cases import PROBE
 
 Verdict = Literal["pass", "fail", "undecided"]
 #: (figure, limit): a figure that must not be above, or below, its limit
@@ -66,6 +67,7 @@ class Measured:
 def judge(measured: Measured, gates: Gates) -> list[Stage]:
     """Every stage in the order of the road. Errors: UsageError when a target has no gates."""
     own, base = gates.losses(measured.target), gates.losses(measured.base_target)
+    asked = [record for record in measured.records if record.task != PROBE]
     runtime = [record.runtime for record in measured.records]
     quantised = [each.quantisation for each in measured.records if each.quantisation is not None]
     stages = [
@@ -80,10 +82,10 @@ def judge(measured: Measured, gates: Gates) -> list[Stage]:
         stages.append(_logits("quantisation", quantised, own, "quantisation gap, same tokens"))
     return [
         *stages,
-        _agreement(measured.records, gates, own),
-        _boxes(measured.records, gates),
-        _retained("answers", measured.records, own.min_answers_retained),
-        _retained("boxes", measured.records, own.min_iou_retained),
+        _agreement(asked, gates, own),
+        _boxes(asked, gates),
+        _retained("answers", asked, own.min_answers_retained),
+        _retained("boxes", asked, own.min_iou_retained),
     ]
 
 
@@ -174,8 +176,9 @@ def _vision(gaps: Sequence[Gap], gates: Gates) -> Stage:
     least: dict[str, tuple[float, float]] = {}
     for level, found in enumerate(zip(*seen, strict=True)):
         name = f"deepstack_{level}" if level else "main"
-        cosine = float(np.mean([gap.mean_cosine for gap in found]))
-        error = float(np.mean([gap.mean_error for gap in found]))
+        # Of the worst picture: a fault that only some shapes show must not drown in the others.
+        cosine = min(gap.mean_cosine for gap in found)
+        error = max(gap.mean_error for gap in found)
         least[f"{name}_mean_cosine"] = cosine, limits["min_mean_cosine"]
         worst = min(gap.worst_cosine for gap in found)
         least[f"{name}_worst_cosine"] = worst, limits["min_worst_cosine"]

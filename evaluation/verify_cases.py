@@ -11,7 +11,14 @@ from pathlib import Path
 
 from medmo_edge.errors import SampleError
 from medmo_edge.images import Frame, read_image
+from medmo_edge.phantoms import MIN_SIDE, draw
+from medmo_edge.preprocess import Preprocessing
+from medmo_edge.prompts import locate_prompt
 from medmo_edge.samples import Sample, question_of, read_samples
+
+PROBE = "probe"
+_PROBE_SEED = 7_100_000
+_PROBES = (("wide", 40, 2), ("tall", 2, 40))  # in vision tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,6 +57,20 @@ def open_cases(samples: Sequence[Sample]) -> Iterator[Case]:
         if sample.images != paths:
             paths, frames = sample.images, tuple(read_image(path) for path in sample.images)
         yield Case(sample=sample, frames=frames, question=question_of(sample))
+
+
+def probe_cases(preprocessing: Preprocessing) -> list[Case]:
+    """A very wide and a very tall drawn picture: wrong positions show there, hide in square ones.
+
+    They are measured with every sample set, but count for no score and no agreement.
+    """
+    factor, cases = preprocessing.factor, []
+    for name, wide, high in _PROBES:
+        size = max(MIN_SIDE, wide * factor + 3), max(MIN_SIDE, high * factor + 3)
+        frame = Frame.from_pixels(draw(_PROBE_SEED, size=size, nodule=True).pixels, path=name)
+        sample = Sample(id=f"{PROBE}:{name}", task=PROBE)
+        cases.append(Case(sample=sample, frames=(frame,), question=locate_prompt("nodule")))
+    return cases
 
 
 def samples_sha256(path: Path, samples: Sequence[Sample]) -> str:

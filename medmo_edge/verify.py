@@ -26,7 +26,7 @@ from medmo_edge.evaluation.gates import Gates, read_gates
 from medmo_edge.evaluation.measure import Bench, Record, Side, measure_all
 from medmo_edge.evaluation.reference import Reference, open_reference
 from medmo_edge.evaluation.stages import Measured, WeightGap, judge
-from medmo_edge.evaluation.verify_cases import read_checked, samples_sha256
+from medmo_edge.evaluation.verify_cases import PROBE, probe_cases, read_checked, samples_sha256
 from medmo_edge.evaluation.verify_report import check_report_path, format_text, write_report
 from medmo_edge.manifest import Manifest, read_manifest
 from medmo_edge.progress import step_bar
@@ -105,14 +105,16 @@ def _run_self_test(artifact: Path, backend: str, threads: int | None, *, as_json
 def verify(task: Task, progress: Progress, reference: Reference | None = None) -> dict[str, Any]:
     """Measure, judge and certify; returns the certificate's new entry, which is in the manifest.
 
-    ``reference``: of the same checkpoint, when several artifacts share one. After an interrupt the same call goes on where it stopped. Errors: every kind of MedmoError that
-    its inputs can cause; the manifest is then as it was.
+    ``reference``: of the same checkpoint, when several artifacts share one. After an interrupt the
+    same call goes on where it stopped. Errors: every kind of MedmoError that its inputs can cause;
+    the manifest is then as it was.
     """
     start = time.perf_counter()
     gates = read_gates(task.gates)
     manifest = read_manifest(task.artifact)
     gates.losses(manifest.target)
     samples = read_checked(task.samples)
+    sample_hash = samples_sha256(task.samples, samples)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(task.checkpoint))
         _check_origin(manifest, checkpoint)
@@ -120,9 +122,7 @@ def verify(task: Task, progress: Progress, reference: Reference | None = None) -
         base = _unquantised(task, manifest, gates, stack, progress)
         session = stack.enter_context(_session(task, manifest.folder))
         plain = stack.enter_context(_session(task, base.folder)) if base else None
-        if reference is None:
-            free = probe().ram_available_bytes
-            reference = open_reference(checkpoint, free, _needed(manifest, base))
+        reference = reference or _reference(checkpoint, manifest, base)
         bench = Bench(
             reference=reference,
             artifact=Side(Observer(session)),
@@ -130,34 +130,39 @@ def verify(task: Task, progress: Progress, reference: Reference | None = None) -
             levels=len(checkpoint.config.vision.deepstack_indexes),
             max_new_tokens=task.max_new_tokens,
         )
-        sample_hash = samples_sha256(task.samples, samples)
         journal = _journal(task, manifest, base, session, sample_hash, reference)
-        records = measure_all(bench, samples, journal, progress)
-        stages = judge(
-            Measured(
-                records=records,
-                weights=weights,
-                same_tokenizer=same_tokenizer(
-                    manifest.path_of("tokenizer"), checkpoint.tokenizer_path
-                ),
-                target=manifest.target,
-                base_target=base.target if base else manifest.target,
-            ),
-            gates,
+        probes = probe_cases(checkpoint.preprocessing)
+        records = measure_all(bench, samples, probes, journal, progress)
+        measured = Measured(
+            records=records,
+            weights=weights,
+            same_tokenizer=same_tokenizer(manifest.path_of("tokenizer"), checkpoint.tokenizer_path),
+            target=manifest.target,
+            base_target=base.target if base else manifest.target,
         )
-        where = Circumstances(
-            backend=session.backend.name,
-            device=session.backend.device,
-            device_class=device_class(probe(), session.backend.device),
-            reference=reference.describe(),
-            unquantised=base.target if base else None,
-            samples=_describe(task, samples, records, sample_hash),
-            seconds=time.perf_counter() - start,
-        )
-        run = make_run(manifest, stages, gates, where)
+        where = _circumstances(session, reference, base)
+    described = _describe(task, samples, records, sample_hash)
+    seconds = time.perf_counter() - start
+    run = make_run(manifest, judge(measured, gates), gates, where, described, seconds)
     write_certificate(manifest, run)
     journal.unlink(missing_ok=True)
     return run
+
+
+def _reference(checkpoint: Checkpoint, manifest: Manifest, base: Manifest | None) -> Reference:
+    free = probe().ram_available_bytes
+    return open_reference(checkpoint, free, _needed(manifest, base))
+
+
+def _circumstances(session: Session, reference: Reference, base: Manifest | None) -> Circumstances:
+    backend = session.backend
+    return Circumstances(
+        backend=backend.name,
+        device=backend.device,
+        device_class=device_class(probe(), backend.device),
+        reference=reference.describe(),
+        unquantised=base.target if base else None,
+    )
 
 
 def _check_origin(manifest: Manifest, checkpoint: Checkpoint) -> None:
@@ -249,11 +254,13 @@ def _describe(
     task: Task, samples: list[Sample], records: list[Record], sample_hash: str
 ) -> dict[str, Any]:
     tasks = sorted({sample.task for sample in samples})
+    asked = [record for record in records if record.task != PROBE]
     return {
         "file": task.samples.name,
         "sha256": sample_hash,
-        "count": len(records),
-        "pictures": len({record.picture for record in records}),
-        "tasks": {name: sum(record.task == name for record in records) for name in tasks},
+        "count": len(asked),
+        "pictures": len({record.picture for record in asked}),
+        "probes": len(records) - len(asked),
+        "tasks": {name: sum(record.task == name for record in asked) for name in tasks},
         "max_new_tokens": task.max_new_tokens,
     }
