@@ -257,8 +257,11 @@ def _group(headline: str, scored: Sequence[Scored]) -> dict[str, Any]:
     metrics = {each.metric for each in scored}
     name = headline if headline in metrics else scored[0].metric
     values = [each for each in scored if each.metric == name and each.score.value is not None]
-    figures = {"num_questions": len(values), "metric": name}
-    return figures | (_metric(name, scored) if values else {name: None})
+    figures: dict[str, Any] = {"num_questions": len(values), "metric": name}
+    figures |= _metric(name, scored) if values else {name: None}
+    if all(each.case.rule == "boxes" for each in scored):
+        figures |= _detection(scored)
+    return figures
 
 
 def _speed(scored: Sequence[Scored]) -> dict[str, Any]:
