@@ -6,7 +6,7 @@ Exports the packaged checkpoint to each target, evaluates it and the checkpoint 
 float32) on BCCD's val split, the phantoms and the VQA-RAD split, and compares each with the
 checkpoint, question by question. Finished and half-finished runs in --runs are gone on with, so it
 can be stopped at any time; the page holds what is finished. Timings mean something only on an idle
-machine: --fresh forgets the runs first.
+machine: --busy leaves them out, --fresh forgets the runs first.
 """
 
 import argparse
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--benchmarks", nargs="*", default=list(BENCHMARKS))
     parser.add_argument("--threads", type=int, help="CPU threads of the runtime")
     parser.add_argument("--fresh", action="store_true", help="forget runs made before")
+    parser.add_argument("--busy", action="store_true", help="leave tokens/s out of the page")
     parser.add_argument("--table-only", action="store_true", help="write what is finished")
     arguments = parser.parse_args()
     if arguments.fresh and arguments.runs.exists():
@@ -63,7 +64,7 @@ def main() -> None:
     if not arguments.table_only:
         for target in arguments.targets:
             run_target(target, arguments)
-    page = render(arguments.runs)
+    page = render(arguments.runs, speeds=not arguments.busy)
     arguments.output.write_text(page, encoding="utf-8")
     print(f"{arguments.output} written", file=sys.stderr)
 
@@ -96,11 +97,14 @@ def artifact(target: str, runs: Path) -> Path:
     return folder
 
 
-def render(runs: Path) -> str:
+def render(runs: Path, *, speeds: bool = True) -> str:
     """The page of all finished runs."""
-    parts = [HEADER, f"Package {__version__}, {_machine()}.\n"]
+    note = "" if speeds else " Speeds are left out: the machine was busy."
+    parts = [HEADER, f"Package {__version__}, {_machine()}.{note}\n"]
     for name in BENCHMARKS:
         rows = list(_rows(runs, name))
+        if not speeds:
+            rows = [{k: value for k, value in row.items() if k != "tokens/s"} for row in rows]
         if rows:
             parts.append(f"## {TITLES[name]}\n")
             parts.append(_table(rows))
