@@ -26,7 +26,10 @@ from medmo_edge.runtime.session import Session, Study
 
 MAX_ATTEMPTS = 5
 POSTPONE_SECONDS = 30.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_FULL = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    errno.EAGAIN,  # no process could be started
+)
 _IDLE_SECONDS = 1.0
 
 
@@ -40,7 +43,7 @@ class Unanswerable(Exception):
 
 
 class Worker:
-    """Answers waiting instances with ``session``; ``finished`` is called after each."""
+    """Answers waiting instances with ``session``, in its own thread."""
 
     def __init__(
         self, config: NodeConfig, spool: Spool, queue: Queue, log: NodeLog, session: Session
@@ -141,6 +144,7 @@ class Worker:
                 for number, question in enumerate(rule.questions):
                     yield from self._ask(rule, number, question, study, frame)
         except MedmoError as error:
+            _raise_want(error)
             raise Unanswerable(f"{type(error).__name__} in rule {rule.name}", str(error)) from error
 
     def _ask(
@@ -172,15 +176,21 @@ def _is_want(error: Exception) -> bool:
     """Whether disk or memory is full, so that the same instance may work later."""
     if isinstance(error, OSError):
         return error.errno in _FULL
-    if isinstance(error, Unanswerable | MedmoError):
-        return False
     return isinstance(error, MemoryError | sqlite3.Error)
+
+
+def _raise_want(error: BaseException) -> None:
+    """Raise what is behind ``error`` when that is the machine's fault, as a full process table."""
+    cause = error.__cause__
+    if isinstance(cause, Exception) and _is_want(cause):
+        raise cause
 
 
 def _read(path: Path, frame: int = 0, window: str = "") -> Frame:
     try:
         return read_image(path, frame, parse_window(window or None))
     except MedmoError as error:
+        _raise_want(error)
         raise Unanswerable("its picture cannot be read", str(error)) from error
 
 
