@@ -17,7 +17,7 @@ import numpy as np
 from medmo_edge.errors import SampleError
 from medmo_edge.evaluation.evaluate import RESULT, SAMPLES
 from medmo_edge.evaluation.scores import bootstrap
-from medmo_edge.evaluation.summary import METRICS, by_sample, clean
+from medmo_edge.evaluation.summary import METRICS, NAMES, by_sample, clean
 
 PERMUTATIONS = 10_000
 SIGNIFICANT = 0.05
@@ -175,7 +175,7 @@ def format_comparison(result: dict[str, Any]) -> str:
         low, high = found["interval"]
         verdict = "significant" if found["significant"] else "not significant"
         lines.append(
-            f"  {metric.replace('_', ' ')} {found['first']:.3f} -> {found['second']:.3f}: "
+            f"  {NAMES[metric]} {found['first']:.3f} -> {found['second']:.3f}: "
             f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {found['p_value']:.4f}, "
             f"{verdict} ({found['num_samples']} samples)"
         )

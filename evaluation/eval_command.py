@@ -17,6 +17,7 @@ from medmo_edge.evaluation import probe_coords as probes
 from medmo_edge.evaluation.compare import compare_runs, format_comparison
 from medmo_edge.evaluation.evaluate import EvalOptions, evaluate
 from medmo_edge.evaluation.predictions import Progress
+from medmo_edge.evaluation.summary import NAMES
 
 
 def run_eval(
@@ -87,7 +88,7 @@ def format_result(result: dict[str, Any]) -> str:
         f"  answers that could be read {_number(result['parse_rate'])}"
         + (f", errors {result['num_errors']}" if result["num_errors"] else ""),
     ]
-    for name in ("accuracy", "mean_iou", "rouge_l"):
+    for name in NAMES:
         if name != metric and name in result:
             low, high = result[f"{name}_interval"]
             value = f"{_number(result[name])} [{_number(low)}, {_number(high)}]"
@@ -120,8 +121,7 @@ def _number(value: float | int | None) -> str:
 
 
 def _words(name: str) -> str:
-    known = {"mean_iou": "mean IoU", "rouge_l": "ROUGE-L"}
-    return known.get(name, name.replace("_", " "))
+    return NAMES.get(name, name.replace("_", " "))
 
 
 def _short(text: str) -> str:

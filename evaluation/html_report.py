@@ -13,14 +13,13 @@ from medmo_edge.evaluation.case_scores import RULES
 from medmo_edge.evaluation.cases import Case, load_frame
 from medmo_edge.evaluation.evaluate import Run
 from medmo_edge.evaluation.report_pictures import picture
-from medmo_edge.evaluation.summary import METRICS, Scored
+from medmo_edge.evaluation.summary import METRICS, NAMES, Scored
 
 WORST = 12  # answers shown
 MAX_PICTURES = 6  # of one answer
 BARS = 20
 _TEXT = 400  # characters of a question or answer
 
-NAMES = {"accuracy": "accuracy", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L"}
 MEANINGS = {
     "parse_rate": "part of the answers that could be understood without guessing",
     "num_errors": "questions that could not be asked; they count as wrong",

@@ -22,7 +22,9 @@ from medmo_edge.evaluation.predictions import Prediction
 from medmo_edge.evaluation.scores import bootstrap
 from medmo_edge.evaluation.text_scores import cider, rouge_l
 
-METRICS = ("accuracy", "mean_iou", "rouge_l")
+#: headline metrics and their names for people
+NAMES = {"accuracy": "accuracy", "mean_iou": "mean IoU", "rouge_l": "ROUGE-L"}
+METRICS = tuple(NAMES)
 _AVERAGED = (
     "token_precision",
     "token_recall",
