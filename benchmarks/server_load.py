@@ -1,0 +1,274 @@
+"""Load on ``medmo-edge serve``: many clients at once, for minutes; and llama.cpp's own server.
+
+    python benchmarks/server_load.py                          # nano, 8 clients, 10 minutes
+    python benchmarks/server_load.py --quick                  # 30 seconds
+    python benchmarks/server_load.py --peer build/bin/llama-server --clients 1 --minutes 1
+
+Each client talks over its own connection and streams. Half of the questions are about the client's
+one image again and again, half about a new image each. Printed: time to the first text, time to
+the whole answer, answers and tokens per second, errors, and the server's memory over time. With
+``--peer`` the same requests go to llama-server on the same GGUF files afterwards, greedily and for
+the same number of tokens. Not measured: answers' contents (benchmarks/greedy_agreement.py).
+"""
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from medmo_edge.export.export import export_checkpoint
+from medmo_edge.manifest import read_manifest
+from medmo_edge.phantoms import draw
+
+TOKEN = "a-token-for-the-benchmark"
+QUESTIONS = ("Is there a nodule?", "Locate the nodule.", "Describe this medical image.")
+KINDS = ("same image", "new image")
+NEW_TOKENS = 24
+
+
+@dataclass
+class Tally:
+    """What the clients saw; seconds per kind of question."""
+
+    first: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    whole: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    pieces: int = 0
+    errors: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    arguments = _arguments()
+    minutes = 0.5 if arguments.quick else arguments.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = _artifact(arguments.artifact, Path(folder) / "artifact")
+        with _ours(artifact, arguments.threads) as (port, process):
+            ours = _measure("medmo-edge serve", port, process, arguments.clients, minutes)
+        if arguments.peer:
+            with _peer(arguments.peer, artifact, arguments) as (port, process):
+                theirs = _measure("llama-server", port, process, arguments.clients, minutes)
+            _compare(ours, theirs)
+    if ours.errors:
+        sys.exit(f"{len(ours.errors)} errors, the first: {ours.errors[0]}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("artifact", nargs="?", default="nano", help="artifact folder, or nano")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--quick", action="store_true", help="30 seconds")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=1, help="answers llama-server batches")
+    parser.add_argument("--peer", type=Path, help="a llama-server binary")
+    return parser.parse_args()
+
+
+def _artifact(name: str, folder: Path) -> Path:
+    if name != "nano":
+        return Path(name)
+    export_checkpoint("nano", "gguf-q8_0", folder)
+    return folder
+
+
+@contextmanager
+def _ours(artifact: Path, threads: int) -> Iterator[tuple[int, int]]:
+    command = [sys.executable, "-m", "medmo_edge", "serve", str(artifact), "--port"]
+    port = _free_port()
+    environment = {**os.environ, "MEDMO_EDGE_TOKEN": TOKEN}
+    with _running([*command, str(port), "--threads", str(threads)], port, environment) as process:
+        yield port, process
+
+
+@contextmanager
+def _peer(binary: Path, artifact: Path, arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """llama-server with the same files, threads and limits."""
+    manifest, port = read_manifest(artifact), _free_port()
+    pixels = manifest.preprocessing
+    tokens = [str(pixels[name] // 1024) for name in ("min_pixels", "max_pixels")]
+    command = [str(binary), "-m", str(manifest.path_of("language")), "--mmproj"]
+    command += [str(manifest.path_of("vision")), "--port", str(port), "--host", "127.0.0.1"]
+    command += ["-t", str(arguments.threads), "-tb", str(arguments.threads), "--jinja"]
+    command += ["-np", str(arguments.slots), "-c", str(2048 * arguments.slots), "--api-key", TOKEN]
+    command += ["--image-min-tokens", tokens[0], "--image-max-tokens", tokens[1], "--no-webui"]
+    with _running(command, port, dict(os.environ)) as process:
+        yield port, process
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _running(command: Sequence[str], port: int, environment: dict[str, str]) -> Iterator[int]:
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+    try:
+        _wait(port, process)
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {TOKEN}"})
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.1)
+    sys.exit(f"{process.args!r} did not start")
+
+
+def _measure(name: str, port: int, process: int, clients: int, minutes: float) -> Tally:
+    tally = Tally()
+    end = time.monotonic() + 60 * minutes
+    threads = [
+        threading.Thread(target=_client, args=(port, number, end, tally))
+        for number in range(clients)
+    ]
+    started = time.monotonic()
+    for thread in threads:
+        thread.start()
+    memory = []
+    while any(thread.is_alive() for thread in threads):
+        memory.append(_resident_mb(process))
+        threads[0].join(min(5.0, 6 * minutes))
+    _print(name, tally, time.monotonic() - started, clients, memory)
+    return tally
+
+
+def _client(port: int, number: int, end: float, tally: Tally) -> None:
+    """Ask in turn about the client's own image and about one that nobody has sent before."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    own, count = _image(number), 0
+    while time.monotonic() < end:
+        kind = KINDS[count // len(QUESTIONS) % 2]
+        image = own if kind == KINDS[0] else _image(1_000 * (number + 1) + count)
+        try:
+            first, whole, pieces = _ask(connection, image, QUESTIONS[count % len(QUESTIONS)])
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            with tally.lock:
+                tally.errors.append(f"{type(error).__name__}: {error}")
+            connection.close()
+            continue
+        finally:
+            count += 1
+        with tally.lock:
+            tally.first[kind].append(first)
+            tally.whole[kind].append(whole)
+            tally.pieces += pieces
+
+
+def _image(seed: int) -> str:
+    """A drawn radiograph as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw(seed, size=(256, 288)).pixels).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _ask(
+    connection: http.client.HTTPConnection, image: str, question: str
+) -> tuple[float, float, int]:
+    """Seconds to the first text and to the end, and the number of pieces of text."""
+    content = [
+        {"type": "image_url", "image_url": {"url": image}},
+        {"type": "text", "text": question},
+    ]
+    body = {
+        "model": "medmo-edge",
+        "messages": [{"role": "user", "content": content}],
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": NEW_TOKENS,
+    }
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
+    started = time.perf_counter()
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    reply = connection.getresponse()
+    if reply.status != 200:
+        raise ValueError(f"status {reply.status}: {reply.read()[:200]!r}")
+    first, pieces = 0.0, 0
+    for line in reply:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise ValueError(str(event["error"]))
+        if event["choices"] and event["choices"][0]["delta"].get("content"):
+            pieces += 1
+            first = first or time.perf_counter() - started
+    if not pieces:
+        raise ValueError("an answer without text")
+    return first, time.perf_counter() - started, pieces
+
+
+def _resident_mb(process: int) -> float:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _print(name: str, tally: Tally, seconds: float, clients: int, memory: list[float]) -> None:
+    answers = sum(len(each) for each in tally.whole.values())
+    print(f"\n{name}: {clients} clients, {seconds:.0f} s, {answers} answers, ", end="")
+    print(f"{answers / seconds:.1f} answers/s, {tally.pieces / seconds:.0f} pieces/s, ", end="")
+    print(f"{len(tally.errors)} errors")
+    print("| question | count | first text p50 | p95 | answer p50 | p95 |")
+    print("|---|---|---|---|---|---|")
+    for kind in KINDS:
+        row = [*_quantiles(tally.first[kind]), *_quantiles(tally.whole[kind])]
+        cells = " | ".join(f"{1000 * value:.0f} ms" for value in row)
+        print(f"| {kind} | {len(tally.whole[kind])} | {cells} |")
+    if len(memory) > 4:
+        quarter = len(memory) // 4
+        early, late = (
+            statistics.mean(memory[quarter : 2 * quarter]),
+            statistics.mean(memory[-quarter:]),
+        )
+        print(f"memory: {early:.1f} MB in the second quarter, {late:.1f} MB in the last")
+
+
+def _quantiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return (values or [float("nan")])[0], (values or [float("nan")])[0]
+    cuts = statistics.quantiles(values, n=20)
+    return statistics.median(values), cuts[18]
+
+
+def _compare(ours: Tally, theirs: Tally) -> None:
+    """Ratios above 1 mean that ours is better."""
+    print("\n| llama-server / ours | first text p50 | answer p50 |")
+    print("|---|---|---|")
+    for kind in KINDS:
+        first = _quantiles(theirs.first[kind])[0] / _quantiles(ours.first[kind])[0]
+        whole = _quantiles(theirs.whole[kind])[0] / _quantiles(ours.whole[kind])[0]
+        print(f"| {kind} | {first:.2f} | {whole:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
