@@ -14,6 +14,7 @@ from pathlib import Path
 from medmo_edge.errors import NodeError
 from medmo_edge.runtime.node_config import NodeConfig, read_node_config
 from medmo_edge.runtime.node_log import NodeLog
+from medmo_edge.runtime.node_peers import client_tls
 from medmo_edge.runtime.node_queue import Queue
 from medmo_edge.runtime.node_receive import Receiver
 from medmo_edge.runtime.node_send import Sender
@@ -33,6 +34,7 @@ class Node:
     def __init__(self, config: NodeConfig, session: Session, log: NodeLog | None = None) -> None:
         """Take the spool and put it in order. Errors: NodeError."""
         check_libraries()
+        check_certificates(config)
         self.config = config
         self.log = log or NodeLog()
         self._session = session
@@ -176,6 +178,18 @@ def check_libraries() -> None:
         import pynetdicom  # noqa: F401
     except ModuleNotFoundError as error:
         raise NodeError("the node needs pynetdicom: pip install 'medmo-edge[dicom]'") from error
+
+
+def check_certificates(config: NodeConfig) -> None:
+    """Errors: NodeError when the PEM files for a destination cannot be used."""
+    for name, destination in config.destinations.items():
+        try:
+            client_tls(destination)
+        except OSError as error:  # ssl.SSLError is one
+            reason = getattr(error, "reason", None) or error.strerror
+            raise NodeError(
+                f"[destinations.{name}.tls]: the PEM files cannot be used ({reason})"
+            ) from error
 
 
 def silence_libraries(log: NodeLog) -> None:

@@ -68,7 +68,7 @@ def _associate(destination: Destination, classes: set[str]) -> Any:
     for uid in sorted(classes):
         entity.add_requested_context(uid, [ExplicitVRLittleEndian])
         entity.add_requested_context(uid, [ImplicitVRLittleEndian])
-    tls = (_client_tls(destination), destination.host) if destination.tls else None
+    tls = (client_tls(destination), destination.host) if destination.tls else None
     return entity.associate(
         destination.host, destination.port, ae_title=destination.ae_title, tls_args=tls
     )
@@ -98,7 +98,8 @@ def _store_one(association: Any, dataset: Any) -> Sent:
     return Sent(False, f"status {status:04X}")
 
 
-def _client_tls(destination: Destination) -> ssl.SSLContext:
+def client_tls(destination: Destination) -> ssl.SSLContext:
+    """What verifies the destination and shows our certificate. Errors: ssl.SSLError, OSError."""
     tls = destination.tls
     context = ssl.create_default_context(cafile=tls.ca if tls else None)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -125,7 +126,7 @@ def _connect(
 ) -> http.client.HTTPConnection:
     seconds = destination.timeout_seconds
     if secure:
-        tls = _client_tls(destination)
+        tls = client_tls(destination)
         return http.client.HTTPSConnection(host, port, timeout=seconds, context=tls)
     return http.client.HTTPConnection(host, port, timeout=seconds)
 

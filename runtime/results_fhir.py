@@ -55,7 +55,6 @@ def build_fhir(references: tuple[Reference, ...], origin: Origin) -> bytes:
 
 
 def _report(reference: Reference, origin: Origin) -> dict[str, Any]:
-    answer = origin.answer
     report: dict[str, Any] = {
         "resourceType": "DiagnosticReport",
         "text": _narrative(f"{NOTICE}. Unverified output of {origin.name} {origin.version}."),
@@ -67,7 +66,7 @@ def _report(reference: Reference, origin: Origin) -> dict[str, Any]:
             "text": "AI answer, research use only",
         },
         "issued": _moment(origin),
-        "conclusion": _conclusion(answer.text.strip()),
+        "conclusion": _conclusion(origin.words),
     }
     accession = str(reference.identity.AccessionNumber or "").strip()
     if accession:

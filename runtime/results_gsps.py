@@ -190,8 +190,8 @@ def _notice(reference: Reference, origin: Origin) -> Any:
     import highdicom as hd
 
     text = f"{NOTICE} ({limited(origin.name, 64)})"
-    if not origin.answer.boxes and origin.answer.text.strip():
-        text += f": {limited(origin.answer.text, _MAX_ANSWER)}"
+    if not origin.answer.boxes and origin.words:
+        text += f": {limited(origin.words, _MAX_ANSWER)}"
     width, height = reference.layout.columns, reference.layout.rows
     return hd.pr.TextObject(
         text_value=text,

@@ -23,6 +23,8 @@ _MAX_UID = 64
 _MAX_ROOT = 40  # leaves 24 digits for what is identified
 _ROOT = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
 UUID_ROOT = "2.25"
+# Linear in the length of the text: no repetition inside another.
+_BOXES = re.compile(r"[ \t]?<box>[^<]*(?:</box>)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,12 @@ class Origin:
         seed = options.seed or secrets.token_hex(16)
         moment = options.moment or datetime.now().astimezone()
         return cls(answer=answer, options=options, moment=moment, seed=seed)
+
+    @property
+    def words(self) -> str:
+        """The answer for people: its coordinates, which are on no image's grid, left out."""
+        text = _BOXES.sub("", self.answer.text)
+        return "".join(c for c in text if c.isprintable() or c in "\n\t").strip()
 
     @property
     def name(self) -> str:

@@ -86,7 +86,7 @@ def _describe(capture: "Dataset", reference: Reference, origin: Origin) -> None:
         f"Boxes drawn by {origin.name} {origin.version}, weights sha256 {origin.weights}", 1024
     )
     boxes = len(origin.answer.boxes)
-    capture.ImageComments = limited(f"{NOTICE}. {boxes} box(es). {origin.answer.text}", 10_000)
+    capture.ImageComments = limited(f"{NOTICE}. {boxes} box(es). {origin.words}", 10_000)
     source = Dataset()
     source.ReferencedSOPClassUID = reference.sop_class
     source.ReferencedSOPInstanceUID = reference.image.SOPInstanceUID

@@ -107,13 +107,11 @@ def _content(references: tuple[Reference, ...], origin: Origin) -> Any:
 def _text_group(references: tuple[Reference, ...], origin: Origin) -> Any:
     """The images as a whole: question, answer, and what the reader must know of both."""
     import highdicom as hd
-    from pydicom.sr.codedict import codes
 
     group = hd.sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=hd.sr.TrackingIdentifier(
             uid=origin.uid("text", references[0].uid), identifier="Answer"
         ),
-        finding_type=codes.SCT.ImagingProcedure,
         algorithm_id=_algorithm(origin),
         source_images=[
             hd.sr.SourceImageForMeasurementGroup(
@@ -130,8 +128,10 @@ def _text_group(references: tuple[Reference, ...], origin: Origin) -> Any:
         notes.append(f"The answer is not complete: it was ended by {answer.finish_reason}.")
     if answer.rejected_boxes:
         notes.append(f"{len(answer.rejected_boxes)} box(es) of the answer could not be read.")
-    _comment(group, _text(answer.text) or "(no text)")
+    _comment(group, origin.words or ("(regions only)" if answer.boxes else "(no text)"))
     _comment(group, " ".join(notes))
+    if origin.words != _text(answer.text):
+        _comment(group, f"As the model wrote it: {_text(answer.text)}")
     return group
 
 

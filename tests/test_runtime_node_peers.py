@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medmo_edge.errors import NodeError
 from medmo_edge.runtime.node_config import Destination, Tls
 from medmo_edge.runtime.node_peers import Sent, send_files
 
@@ -213,6 +215,10 @@ def test_the_node_over_tls_wants_the_peers_certificate(tmp_path: Path) -> None:
         '[[rules]]\nname = "r"\nquestions = "What?"\nresults = "sr"\nsend_to = "web"\n'
     )
     config = read_node_config(tmp_path / "rules.toml")
+    (tmp_path / "no.pem").write_text("not a certificate")
+    wrong = Destination(name="x", kind="stow-rs", url="http://a", tls=Tls(ca=tmp_path / "no.pem"))
+    with pytest.raises(NodeError, match=r"\[destinations.x.tls\]: the PEM files cannot be used"):
+        Node(replace(config, destinations={"x": wrong}), load("fake:yes"))
     with Node(config, load("fake:yes"), NodeLog(io.StringIO())) as node:
         echo = [program, "-aet", "CT1", "-aec", "MEDMO"]
         place = ["127.0.0.1", str(node.port)]

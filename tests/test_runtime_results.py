@@ -88,7 +88,9 @@ def test_answers_with_and_without_boxes(
         for item in _items(report)
         if item.ValueType == "TEXT" and item.ConceptNameCodeSequence[0].CodeValue == "121106"
     ]
-    assert comments[0] == (text or "(no text)")
+    words = "The nodule lies above an odd looking long shadow." if text == TWO_BOXES else text
+    assert comments[0] == (words or "(no text)")
+    assert comments[2:] == ([f"As the model wrote it: {text}"] if answer.boxes else [])
     assert comments[1].startswith("RESEARCH USE ONLY")
     regions = [item for item in _items(report) if item.ValueType == "SCOORD"]
     assert len(regions) == len(answer.boxes)
