@@ -46,6 +46,10 @@ class Gates:
             raise UsageError(f"no gate is set for target {target}: name it under [targets]")
         return name
 
+    def vision(self, *, quantised: bool) -> Mapping[str, float]:
+        """Limits of the vision features, by whether the tower is stored in fewer than 16 bits."""
+        return self.limits["vision_quantised" if quantised else "vision"]
+
     def losses(self, target: str) -> Losses:
         """What this target may lose."""
         return self.classes[self.class_of(target)]

@@ -29,7 +29,7 @@ from medmo_edge.prompts import (
     locate_prompt,
     user_message,
 )
-from medmo_edge.runtime.certified import device_class, libraries_of
+from medmo_edge.runtime.certified import device_class, has_quantised_tower, libraries_of
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.golden import (
     Golden,
@@ -109,7 +109,7 @@ def make_golden(
         tokenizer_sha256=tokenizer_sha256(checkpoint.tokenizer_path),
         preprocessing_sha256=checkpoint.preprocessing.sha256,
         levels=len(checkpoint.config.vision.deepstack_indexes),
-        limits=_limits(read_gates(), artifact.target),
+        limits=_limits(read_gates(), artifact),
         cases=[_case(checkpoint, *parts) for parts in zip(drawn, outputs, own, strict=True)],
     )
 
@@ -232,8 +232,9 @@ def _box_pixels(checkpoint: Checkpoint, drawn: _Drawn) -> list[float]:
     return [value * side / unit for value, (side, unit) in zip(units, sides, strict=True)]
 
 
-def _limits(gates: Gates, target: str) -> dict[str, dict[str, float]]:
-    own, vision, site = gates.losses(target), gates.limits["vision"], gates.limits["on_device"]
+def _limits(gates: Gates, artifact: Manifest) -> dict[str, dict[str, float]]:
+    own, site = gates.losses(artifact.target), gates.limits["on_device"]
+    vision = gates.vision(quantised=has_quantised_tower(artifact))
     return {
         "any": {"max_patch": site["max_patch"]},
         "truth": {

@@ -55,6 +55,7 @@ class Measured:
     """Everything that stages are judged by; ``weights`` is None when they cannot be compared.
 
     ``base_target``: the unquantised target whose gap to transformers is the runtime's.
+    ``quantised_tower``: whether the vision tower is stored in fewer than 16 bits.
     """
 
     records: Sequence[Record]
@@ -62,6 +63,7 @@ class Measured:
     same_tokenizer: bool
     target: str
     base_target: str
+    quantised_tower: bool = False
 
 
 def judge(measured: Measured, gates: Gates) -> list[Stage]:
@@ -74,7 +76,10 @@ def judge(measured: Measured, gates: Gates) -> list[Stage]:
         _weights(measured, gates, own),
         _tokenizer(measured),
         _preprocessing(measured.records, gates),
-        _vision([record.whole for record in measured.records], gates),
+        _vision(
+            [record.whole for record in measured.records],
+            gates.vision(quantised=measured.quantised_tower),
+        ),
         _logits("prefill", runtime, base, "runtime gap, first token of the answer"),
         _logits("answer", runtime, base, "runtime gap, along the reference's answer"),
     ]
@@ -167,11 +172,10 @@ def _preprocessing(records: Sequence[Record], gates: Gates) -> Stage:
     )
 
 
-def _vision(gaps: Sequence[Gap], gates: Gates) -> Stage:
+def _vision(gaps: Sequence[Gap], limits: Mapping[str, float]) -> Stage:
     seen = [gap.features for gap in gaps if gap.features]
     if not seen:
         return _not_measured("vision", "no sample has an image")
-    limits = gates.limits["vision"]
     most: dict[str, tuple[float, float]] = {}
     least: dict[str, tuple[float, float]] = {}
     for level, found in enumerate(zip(*seen, strict=True)):

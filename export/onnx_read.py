@@ -1,7 +1,8 @@
 """The weights of an ONNX artifact as float32 rows, decoded by the operators' own definitions.
 
 Shares no code with the writer. Sources: ONNX Runtime, docs/ContribOperators.md (MatMulNBits,
-symmetric: value = (code - 2^(bits - 1)) * scale, low nibble first); ONNX, external data.
+symmetric: value = (code - 2^(bits - 1)) * scale, low nibble first; DynamicQuantizeMatMul: value =
+code * scale of its column); ONNX, external data.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,13 @@ from medmo_edge.manifest import Manifest
 
 Array = NDArray[np.float32]
 _CODES, _SCALES = ".codes", ".scales"
-_DTYPES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "uint16", "UINT8": "uint8"}
+_DTYPES = {
+    "FLOAT": "float32",
+    "FLOAT16": "float16",
+    "BFLOAT16": "uint16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +66,11 @@ def _graph_tensors(path: Path) -> Iterator[OnnxTensor]:
         if name.endswith(_CODES):
             source = name.removesuffix(_CODES)
             scales = _mapped(path, held[source + _SCALES])
-            yield _quantised(source, users[name], _mapped(path, tensor), scales)
+            codes = _mapped(path, tensor)
+            if codes.dtype == np.int8:
+                yield _per_channel(source, codes, scales)
+            else:
+                yield _blocks(source, users[name], codes, scales)
         else:
             yield _plain(name, users.get(name), _mapped(path, tensor))
 
@@ -92,7 +103,7 @@ def _plain(name: str, user: Any, values: NDArray[Any]) -> OnnxTensor:
     )
 
 
-def _quantised(name: str, user: Any, codes: NDArray[Any], scales: NDArray[Any]) -> OnnxTensor:
+def _blocks(name: str, user: Any, codes: NDArray[Any], scales: NDArray[Any]) -> OnnxTensor:
     settings = {each.name: each.i for each in user.attribute}
     bits, per_row = settings["bits"], codes.shape[1]
 
@@ -107,6 +118,16 @@ def _quantised(name: str, user: Any, codes: NDArray[Any], scales: NDArray[Any]) 
     return OnnxTensor(
         name=name, stored_as=f"{bits} bits, blocks of {settings['block_size']}", rows=rows
     )
+
+
+def _per_channel(name: str, codes: NDArray[Any], scales: NDArray[Any]) -> OnnxTensor:
+    """Codes [in, out] with one scale per output channel."""
+
+    def rows(start: int, stop: int) -> Array:
+        part = np.ascontiguousarray(codes[:, start:stop].T, np.float32)
+        return np.asarray(part * _floats(scales[start:stop])[:, None], np.float32)
+
+    return OnnxTensor(name=name, stored_as="8 bits per channel", rows=rows)
 
 
 def _floats(values: NDArray[Any]) -> Array:

@@ -65,7 +65,8 @@ def compare_weights(
 
 
 def _is_folded(manifest: Manifest) -> bool:
-    return bool(manifest.weights.get("folded")) or "awq" in manifest.target
+    """AWQ moves scales between layers, and comes with a calibration record."""
+    return "int4" in manifest.target and manifest.calibration is not None
 
 
 def _fit(stored: Stored, checkpoint: Checkpoint) -> WeightGap:

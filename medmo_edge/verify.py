@@ -30,7 +30,12 @@ from medmo_edge.evaluation.verify_cases import PROBE, probe_cases, read_checked,
 from medmo_edge.evaluation.verify_report import check_report_path, format_text, write_report
 from medmo_edge.manifest import Manifest, read_manifest
 from medmo_edge.progress import step_bar
-from medmo_edge.runtime.certified import device_class, libraries_of, subject_sha256
+from medmo_edge.runtime.certified import (
+    device_class,
+    has_quantised_tower,
+    libraries_of,
+    subject_sha256,
+)
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.observe import Observer
 from medmo_edge.runtime.self_test import format_self_test, self_test
@@ -139,6 +144,7 @@ def verify(task: Task, progress: Progress, reference: Reference | None = None) -
             same_tokenizer=same_tokenizer(manifest.path_of("tokenizer"), checkpoint.tokenizer_path),
             target=manifest.target,
             base_target=base.target if base else manifest.target,
+            quantised_tower=has_quantised_tower(manifest),
         )
         where = _circumstances(session, reference, base)
     described = _describe(task, samples, records, sample_hash)

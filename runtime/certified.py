@@ -67,6 +67,12 @@ def weights_sha256(manifest: Manifest) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def has_quantised_tower(manifest: Manifest) -> bool:
+    """Whether any matrix of the vision tower is stored in fewer than 16 bits."""
+    types = manifest.weights.get("vision", {}).get("types", {})
+    return any(name.lower().startswith(("fp8", "int", "iq", "q")) for name in types)
+
+
 def libraries_of(backend: str) -> dict[str, str | None]:
     """Versions of the libraries that compute in this backend."""
     found: dict[str, str | None] = import_module(BACKENDS[backend]).describe()
