@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,8 +34,10 @@ class View:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A finished answer and the frames that it is about."""
+    """A finished answer, when it was made, and the frames that it is about."""
 
+    id: str
+    made: datetime
     answer: Answer
     frames: tuple[Frame, ...]
     views: tuple[View, ...]
@@ -56,13 +59,11 @@ class Entry:
     studies: OrderedDict[tuple[View, ...], Study] = field(default_factory=OrderedDict)
     answers: OrderedDict[str, Kept] = field(default_factory=OrderedDict)
 
-    def keep(self, answer: Kept) -> str:
-        """Remember an answer; returns its id."""
-        id = f"answer-{secrets.token_hex(8)}"
-        self.answers[id] = answer
+    def keep(self, answer: Kept) -> None:
+        """Remember an answer."""
+        self.answers[answer.id] = answer
         while len(self.answers) > _KEPT_ANSWERS:
             self.answers.popitem(last=False)
-        return id
 
     def answer(self, id: str) -> Kept:
         """Errors: Problem 404."""

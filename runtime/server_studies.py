@@ -7,8 +7,10 @@ uploaded. Not here: what a structured report looks like (results.py).
 import asyncio
 import io
 import math
+import secrets
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
+from datetime import datetime
 from threading import Event
 from typing import Any, TypeVar
 
@@ -117,8 +119,8 @@ async def ask(request: Request) -> Response:
 
 async def answer(request: Request) -> Response:
     """``GET /v1/studies/{study}/answers/{answer}``."""
-    entry, id = _entry(request), request.path_params["answer"]
-    return JSONResponse(_answer(entry, id, entry.answer(id)))
+    entry = _entry(request)
+    return JSONResponse(_answer(entry, entry.answer(request.path_params["answer"])))
 
 
 async def result(request: Request) -> Response:
@@ -130,8 +132,10 @@ async def result(request: Request) -> Response:
     if kind not in _RESULTS:
         raise not_found("kind of result")
     make, media, suffix = _RESULTS[kind]
+    # The same answer gives the same UIDs whenever it is fetched.
+    options = results.ResultOptions(seed=kept.id, moment=kept.made, question=kept.question)
     try:
-        data = await asyncio.to_thread(make, kept.frames, kept.answer)
+        data = await asyncio.to_thread(make, kept.frames, kept.answer, options)
     except MedmoError as error:
         raise _without_paths(error, kept.frames) from None
     return _attachment(data, media, f"medmo-edge-{kind}.{suffix}")
@@ -150,13 +154,16 @@ class _Asked:
 
     def finished(self, answer: Answer) -> dict[str, Any]:
         kept = Kept(
+            id=f"answer-{secrets.token_hex(8)}",
+            made=datetime.now().astimezone(),
             answer=answer,
             frames=self.frames,
             views=self.views,
             question=self.question,
             seed=self.seed,
         )
-        return _answer(self.entry, self.entry.keep(kept), kept)
+        self.entry.keep(kept)
+        return _answer(self.entry, kept)
 
 
 async def _prepare(state: State, entry: Entry, body: AskRequest) -> _Asked:
@@ -262,9 +269,9 @@ def _describe(state: State, entry: Entry) -> dict[str, Any]:
     }
 
 
-def _answer(entry: Entry, id: str, kept: Kept) -> dict[str, Any]:
+def _answer(entry: Entry, kept: Kept) -> dict[str, Any]:
     return {
-        "id": id,
+        "id": kept.id,
         "object": "study.answer",
         "study": entry.id,
         "question": kept.question,

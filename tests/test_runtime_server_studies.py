@@ -120,6 +120,8 @@ def test_results_carry_the_patient_and_the_box(
         assert found.StudyInstanceUID == source.StudyInstanceUID
         assert found.PatientID == source.PatientID
         assert found.Modality == modality
+        again = pydicom.dcmread(io.BytesIO(server.client.get(f"{base}/{kind}").content))
+        assert again.SOPInstanceUID == found.SOPInstanceUID
     fhir = server.client.get(f"{base}/fhir").json()
     assert fhir["resourceType"] == "Bundle"
     overlay = Image.open(io.BytesIO(server.client.get(f"{base}/overlay").content))
