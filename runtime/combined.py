@@ -38,7 +38,7 @@ class Combined:
             )
         self._decoder: LlamaCpp = decoder
         self._interrupt = native.Interrupt()
-        settings = native.Settings(provider=native.CPU, threads=threads, spin=threads > 1)
+        settings = native.Settings(provider=native.CPU, threads=threads)
         self._tower: Vision | None = Vision(tower, settings, self._interrupt)
         self._factor = Preprocessing.from_dict(tower.preprocessing).factor
         self.device = f"{decoder.device}, vision tower of {tower.target}"

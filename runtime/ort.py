@@ -95,7 +95,7 @@ class Ort:
         self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
         self.max_cells = fit.max_cells(manifest, device, place, max_context)
         provider = native.CUDA if place == "cuda" else native.CPU
-        settings = native.Settings(provider=provider, threads=threads, spin=threads > 1)
+        settings = native.Settings(provider=provider, threads=threads)
         self._decoder: Decoder | None = Decoder(
             manifest,
             settings,

@@ -73,7 +73,10 @@ def load(
     if is_fake:
         opened = _open_fake(str(path), device, backend, options)
     else:
-        opened = open_best(path, device, backend, options, verify=verify or require_certificate)
+        hashed = verify or require_certificate
+        opened = open_best(
+            path, device, backend, options, verify=hashed, pair=not require_certificate
+        )
     try:
         if require_certificate:
             check_certificate(opened.manifest, opened.backend, device)

@@ -4,15 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable
+from medmo_edge.images import Frame
 from medmo_edge.manifest import Manifest, read_manifest, write_manifest
 from medmo_edge.runtime import certified, llamacpp, llamacpp_fit, ort, ort_fit, ort_native
 from medmo_edge.runtime import choice as choice_module
 from medmo_edge.runtime import device as device_module
 from medmo_edge.runtime.backends import BACKENDS
-from medmo_edge.runtime.choice import ORDER, find_artifacts, open_best, rank
+from medmo_edge.runtime.choice import ORDER, Row, find_artifacts, open_best, rank
 from medmo_edge.runtime.device import Cuda, Device, Jetson, probe
 from medmo_edge.runtime.doctor import doctor, format_findings
 from medmo_edge.runtime.session import load
@@ -249,6 +251,26 @@ def test_the_best_of_a_folder_is_loaded_and_says_why(shelf: Path) -> None:
     with load(shelf, "ort", threads=1) as session:
         assert session.manifest.target == "onnx-fp32"
     assert "not gguf-f16: --backend ort was asked for" in session.chosen
+
+
+def test_a_gguf_artifact_gets_the_faster_vision_tower_beside_it(
+    shelf: Path, tiny_artifacts: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (shelf / "onnx-int8").symlink_to(tiny_artifacts("onnx-int8"))
+    monkeypatch.setattr(choice_module, "ORDER", (Row("llamacpp", "cpu", "gguf-f16", "for a test"),))
+    with load(shelf, threads=1) as session:
+        assert session.backend.name == "llamacpp+ort"
+        answer = session.ask(_frame(), "Is it?", max_new_tokens=2)
+    assert answer.provenance.chosen == "gguf-f16 on llamacpp: for a test; vision tower of onnx-int8"
+    assert answer.provenance.device.endswith("vision tower of onnx-int8")
+    with load(shelf, "llamacpp", threads=1) as session:  # asked for by name: nothing else
+        assert session.backend.name == "llamacpp"
+    with load(shelf / "gguf-f16", threads=1) as session:
+        assert session.backend.name == "llamacpp"
+
+
+def _frame() -> Frame:
+    return Frame.from_pixels(np.full((64, 96, 3), 90, np.uint8))
 
 
 def test_doctor_shows_the_candidates_of_a_folder(shelf: Path) -> None:
