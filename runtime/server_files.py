@@ -22,7 +22,7 @@ from medmo_edge.images import Frame, WindowRequest, read_image
 from medmo_edge.runtime.server_problems import bad_request, image_message, too_large
 
 MAX_DECODERS = 2
-FRAME_CACHE_BYTES = 512 << 20
+FRAME_CACHE_BYTES = 256 << 20
 
 _PREFIX = "medmo-edge-serve-"
 _DATA_URL = re.compile(r"data:[\w.+/-]{0,100}(?:;[\w.+=-]{0,100}){0,4};base64,")
