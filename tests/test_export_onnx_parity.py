@@ -96,6 +96,18 @@ def test_a_padded_batch_of_unequal_lengths(host: Host, reference: Reference) -> 
         np.testing.assert_allclose(row[0], expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tower_of_the_8b_kind(form: Form, make_checkpoint: Any, tmp_path: Path) -> None:
+    """Heads of 72 and an inner size that is no multiple of 32, as in the 8B tower."""
+    vision = {"hidden_size": 144, "num_heads": 2, "intermediate_size": 304}
+    reference = Reference(make_checkpoint(tmp_path / "c", vision=vision))
+    host = Host(reference.checkpoint, tmp_path, DecoderPlan(form=form, capacity=CAPACITY))
+    prompt = make_prompt(reference.checkpoint, LAYOUTS["wide"])
+    _, logits = host.prefill(prompt)
+    expected = reference.logits(prompt)[-1]
+    np.testing.assert_allclose(logits[0, 0], expected, rtol=0, atol=TOLERANCE)
+
+
 def prefill_batch(host: Host, prompts: list[Prompt]) -> tuple[Floats, Conversation, list[int]]:
     """One call with rows padded to the longest prompt: logits, cache, rope deltas."""
     parts = [host.embed(prompt) for prompt in prompts]
