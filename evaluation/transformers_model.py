@@ -57,6 +57,7 @@ class TransformersModel:
         if dtype not in _BYTES:
             raise UsageError(f"dtype {dtype!r} is unknown: use {' or '.join(_BYTES)}")
         torch, transformers = _libraries()
+        _check_device(torch, device)
         with open_checkpoint(checkpoint) as opened:
             _check_memory(opened, dtype, device)
             self._identity = {
@@ -205,6 +206,15 @@ def _libraries() -> tuple[Any, Any]:
             "asking a checkpoint needs torch and transformers: install medmo-edge[train], or "
             "export the checkpoint and give the artifact"
         ) from error
+
+
+def _check_device(torch: Any, device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is unknown: use cpu or cuda") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda: torch finds no CUDA GPU here: use --device cpu")
 
 
 def _check_memory(checkpoint: Checkpoint, dtype: str, device: str) -> None:

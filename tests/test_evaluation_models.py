@@ -127,6 +127,8 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path) -> None:
         open_model(tmp_path)
     with pytest.raises(UsageError, match="dtype 'int3' is unknown"):
         open_model(tiny_checkpoint, dtype="int3")
+    with pytest.raises(UsageError, match="device 'toaster' is unknown"):
+        open_model(tiny_checkpoint, device="toaster")
 
 
 def test_geometry_is_the_resized_one(tiny_model: Model) -> None:
