@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def check_certificates(config: NodeConfig) -> None:
 
 
 def silence_libraries(log: NodeLog) -> None:
-    """Their logs and tracebacks quote data sets, names of patients included: none is printed.
+    """Their logs, warnings and tracebacks quote data sets: none of them is printed.
 
     A thread of pynetdicom that a damaged message ends becomes one event without its text.
     """
@@ -202,6 +203,7 @@ def silence_libraries(log: NodeLog) -> None:
         log.event("thread_ended", reason=details.exc_type.__name__)
 
     threading.excepthook = thread_ended
+    warnings.simplefilter("ignore")
     for name in ("pydicom", "pynetdicom", "highdicom"):
         logger = logging.getLogger(name)
         logger.handlers = [logging.NullHandler()]

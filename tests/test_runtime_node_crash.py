@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("pynetdicom", reason="the node needs the dicom extra")
+pydicom = pytest.importorskip("pydicom")
 RULES = """
 [node]
 ae_title = "MEDMO"
@@ -56,6 +58,38 @@ def test_every_accepted_instance_is_answered_once() -> None:
 @pytest.mark.slow
 def test_every_one_of_a_thousand_instances_is_answered_once() -> None:
     _run("--instances", "1000", "--kills", "20")
+
+
+def test_nothing_of_a_data_set_is_printed(
+    tmp_path: Path, write_source: Callable[..., Path]
+) -> None:
+    """Libraries warn with the value that they find odd; a node's log is for everybody."""
+    storescu = shutil.which("storescu")
+    if storescu is None:
+        pytest.skip("storescu is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    (tmp_path / "rules.toml").write_text(RULES.format(port=port))
+    bad_uid = write_source("ct", tmp_path / "a.dcm")
+    content = bad_uid.read_bytes()
+    uid = str(pydicom.dcmread(bad_uid).SOPInstanceUID).encode()
+    bad_uid.write_bytes(content.replace(uid, b"../SECRET".ljust(len(uid), b"A")))
+    odd = write_source("ct", tmp_path / "b.dcm", PatientName="SECRET^NAME", PatientAge=None)
+    odd.write_bytes(odd.read_bytes().replace(b"DA\x08\x0020040119", b"DA\x08\x00SECRETDA"))
+    command = [sys.executable, "-m", "medmo_edge", "node", "fake:yes", "--config", "rules.toml"]
+    with (tmp_path / "log").open("wb") as log:
+        node = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            _until(lambda: _connects(port))
+            assert not _store(storescu, port, bad_uid) and _store(storescu, port, odd)
+            _until(lambda: " answered " in (tmp_path / "log").read_text())
+        finally:
+            node.terminate()
+            node.wait()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert all(re.fullmatch(r"\S+Z [a-z_]+( [a-z]+=\S+)*", line.strip()) for line in lines), lines
+    assert "SECRET" not in "".join(lines)
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path, write_source: Callable[..., Path]) -> None:
