@@ -153,9 +153,13 @@ class HeldOut:
         self.samples = [by_id[item.id] for item in self.rendered]
         self.pictures = [str(sample.images[0]) for sample in self.samples]
         prompts = [item.prompt for item in self.rendered]
-        length = self.checkpoint.load_tokenizer().length  # ids beyond it mean nothing
-        outputs = forward(self.checkpoint, prompts)
-        self.reference = [each.logits[:MAX_ANSWER, :length] for each in outputs]
+        path = folder / "reference.npz"
+        if not path.exists():
+            length = self.checkpoint.load_tokenizer().length  # ids beyond it mean nothing
+            outputs = forward(self.checkpoint, prompts)
+            np.savez(path, *[each.logits[:MAX_ANSWER, :length] for each in outputs])
+        with np.load(path) as kept:
+            self.reference: list[Logits] = [kept[f"arr_{index}"] for index in range(len(prompts))]
 
     def measure(self, name: str, record: str) -> dict[str, list[float | None]]:
         """KL per sample, and mean IoU per sample with boxes (None for the others)."""

@@ -47,7 +47,7 @@ _ROWS = {
 }
 _QUESTION = "Is there a nodule in this radiograph?"
 _TOOL_LINES = {
-    "vision": r"image slice encoded in (\d+) ms",
+    "vision": r"encoding done in (\d+) ms",
     "image": r"image decoded \(batch \d+/\d+\) in (\d+) ms",
     "prompt": r"prompt eval time\s*=\s*([\d.]+) ms",
 }
@@ -126,6 +126,7 @@ def _tool(picture: Path, artifact: Path, options: argparse.Namespace) -> dict[st
     command = [str(options.tool), "-m", str(language), "--mmproj", str(vision)]
     command += ["--image", str(picture), "-p", _QUESTION, "-n", "2", "--temp", "0"]
     command += ["-t", str(options.threads), "-c", "2048", "--no-warmup"]
+    command += ["--perf", "-lv", "4"]
     result = subprocess.run(command, capture_output=True, text=True)
     log = result.stdout + result.stderr
     if result.returncode:
