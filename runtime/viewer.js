@@ -147,8 +147,17 @@ function useWindow(text) {
 
 function go(to) {
   if (!study || to < 0 || to >= slots.length || to === slot) return;
+  const ahead = to + Math.sign(to - slot);
   slot = to;
-  show();
+  show().then(() => prepare(ahead));
+}
+
+/** Let the server decode the frame that is probably next; it keeps it for a while. */
+function prepare(at) {
+  if (!study || !slots[at] || slot + Math.sign(at - slot) !== at) return;
+  const { index, frame } = slots[at], query = new URLSearchParams({ frame }), window = windowOf(index);
+  if (window !== null) query.set("window", window);
+  call(`/v1/studies/${study.id}/images/${index}/facts?${query}`).catch(() => null); // only a head start
 }
 
 // ---- Questions ----
