@@ -315,9 +315,9 @@ def print_table(folder: Path, held: HeldOut) -> None:
         kl, iou = 1000 * values["kl"].mean(), np.nanmean(values["iou"])
         print(f"| {name} | {record} | {kl:.3f} | {gains[0]} | {iou:.3f} | {gains[1]} |")
     for name in dict.fromkeys(name for name, _ in found):
-        image, text = found.get((name, "image+text")), found.get((name, "text"))
-        if image and text:
-            ratio, step = compared(image, text, held.pictures)
+        with_images, words = found.get((name, "image+text")), found.get((name, "text"))
+        if with_images and words:
+            ratio, step = compared(with_images, words, held.pictures)
             print(f"\n{name}, image+text against text alone: KL ratio {ratio}, IoU {step}")
 
 
