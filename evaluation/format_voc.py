@@ -76,7 +76,7 @@ def _read(path: Path, folder: Path, pictures: Pictures) -> Item:
 def _picture(root: ElementTree.Element, path: Path, pictures: Pictures) -> Path:
     """The picture of the same name; the <filename> inside is often stale, so it comes second."""
     try:
-        return pictures.find(path.stem, str(path))
+        return pictures.find(path.stem, str(path), near=(path.parent.name,))
     except SampleError:
         return pictures.find(root.findtext("filename") or path.stem, str(path))
 

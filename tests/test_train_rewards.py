@@ -211,6 +211,14 @@ def test_a_reward_that_raises_names_reward_and_sample(monkeypatch: pytest.Monkey
         judge("box", case("x", boxes=truth, geometries=(GEOMETRY,)))
 
 
+def test_a_choice_may_be_given_as_letter_or_text() -> None:
+    for answer in ("B", "b", "lung"):
+        assert judge("option", case("B", answer=answer, choices=("liver", "lung"))) == 1
+    for answer in ("E", "AB", ""):
+        with pytest.raises(SampleError, match=f"sample .s1. .ValueError: its answer .{answer}. is"):
+            judge("option", case("B", answer=answer, choices=("liver", "lung")))
+
+
 def test_a_data_set_without_answers_for_a_reward_is_refused() -> None:
     cases = [case("", answer="yes"), case("", answer="left lung")]
     require_applicable({"yes_no": 1.0, "box": 0.0}, cases)

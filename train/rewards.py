@@ -12,6 +12,7 @@ from typing import Any
 
 from medmo_edge.boxes import Box, Coords, Geometry, Parsed, parse_boxes
 from medmo_edge.errors import RecipeError, SampleError
+from medmo_edge.evaluation.items import LETTERS
 from medmo_edge.samples import Sample, target_text
 from medmo_edge.train.rewards_boxes import (
     FLOOR,
@@ -115,7 +116,18 @@ def _format(case: Case) -> float | None:
 def _option(case: Case) -> float | None:
     if not case.choices or case.answer is None:
         return None
-    return option_reward(case.text, case.answer, case.choices)
+    return option_reward(case.text, _letter(case.answer, case.choices), case.choices)
+
+
+def _letter(answer: str, choices: Sequence[str]) -> str:
+    """The letter of the right option, which a sample may also give as the option's text."""
+    known = tuple(LETTERS[: len(choices)])
+    if answer.strip().upper() in known:
+        return answer.strip().upper()
+    fitting = [letter for letter, text in zip(known, choices, strict=True) if text == answer]
+    if len(fitting) != 1:
+        raise ValueError(f"its answer {answer[:60]!r} is none, or several, of its choices")
+    return fitting[0]
 
 
 def _yes_no(case: Case) -> float | None:
