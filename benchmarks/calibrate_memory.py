@@ -3,7 +3,7 @@
     python benchmarks/calibrate_memory.py --work-dir DIR --tokenizer DIR [--size 4b|8b]
 
 Writes a sharded bf16 checkpoint of Qwen3-VL's 4B or 8B shape (9 or 18 GB; kept with --keep) and as
-many samples as asked, each a drawn radiograph of 448 x 448 with a question and an answer. Runs
+many samples as asked, each a drawn radiograph with a question and an answer. Runs
 `medmo-edge calibrate` in a child process and reads that process's memory from /proc (Linux). Peak
 RSS counts everything resident, torch's libraries included. The record says nothing about accuracy.
 """
@@ -25,7 +25,6 @@ from medmo_edge.phantoms import draw
 from medmo_edge.prompts import user_message
 from medmo_edge.samples import Sample, write_samples
 
-SIDE = 448
 _POLL_SECONDS = 0.05
 
 
@@ -36,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--size", choices=sorted(TEXT), default="4b")
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--side", type=int, default=448, help="of each picture, in pixels")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         if not checkpoint.exists():
             write_checkpoint(checkpoint, options.size, options.tokenizer)
-        path = make_samples(samples, options.samples)
+        path = make_samples(samples, options.samples, options.side)
         measure(checkpoint, path, options.work_dir / "record", options.dtype)
     finally:
         shutil.rmtree(samples, ignore_errors=True)
@@ -52,13 +52,13 @@ def main() -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def make_samples(folder: Path, number: int) -> Path:
-    """A sample file with ``number`` pictures."""
+def make_samples(folder: Path, number: int, side: int) -> Path:
+    """A sample file with ``number`` square pictures."""
     folder.mkdir(parents=True)
     made = []
     for seed in range(number):
         picture = (folder / f"{seed}.png").absolute()
-        Image.fromarray(np.ascontiguousarray(draw(seed, size=(SIDE, SIDE)).pixels)).save(picture)
+        Image.fromarray(np.ascontiguousarray(draw(seed, size=(side, side)).pixels)).save(picture)
         answer = {"role": "assistant", "content": "No nodule. Normal heart size. " * 3}
         messages = [user_message("Generate a detailed radiology report for this image.", 1), answer]
         made.append(Sample(id=str(seed), task="report", images=(picture,), messages=messages))
