@@ -81,7 +81,7 @@ def chosen_option(text: str, choices: Sequence[str]) -> str | None:
     None when it names none, several, or a letter with another option's text.
     """
     part = _stated(text)
-    known = LETTERS[: len(choices)]
+    known = tuple(LETTERS[: len(choices)])
     plain = _plain(part)
     exact = [
         letter for letter, choice in zip(known, choices, strict=True) if _plain(choice) == plain
@@ -101,7 +101,7 @@ def chosen_option(text: str, choices: Sequence[str]) -> str | None:
     return None if _names_another(part, letter, known, choices) else letter
 
 
-def _names_another(part: str, letter: str, known: str, choices: Sequence[str]) -> bool:
+def _names_another(part: str, letter: str, known: Sequence[str], choices: Sequence[str]) -> bool:
     """Whether the text also spells out an option of another letter, and not its own."""
     plain = _plain(part)
     own = _plain(choices[known.index(letter)])
