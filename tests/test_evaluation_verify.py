@@ -30,6 +30,7 @@ from medmo_edge.evaluation.reference import (  # noqa: E402
     Remembered,
     StreamedReference,
     WholeReference,
+    open_reference,
 )
 from medmo_edge.evaluation.sabotage import FAULTS, Fault, damaged_copy  # noqa: E402
 from medmo_edge.evaluation.verify_cases import Case, open_cases, read_checked  # noqa: E402
@@ -168,6 +169,37 @@ def test_every_fault_is_caught_where_it_is(
     assert not site.passed, "the on-site test must notice, too"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gguf-q8_0", "onnx-fp32", "onnx-int4"])
+def test_every_fault_is_caught_in_other_formats(
+    target: str,
+    sound: Path,
+    samples: Path,
+    reference: Reference,
+    nano: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    export_checkpoint("nano", target, tmp_path / "sound")
+    backend, base = read_manifest(tmp_path / "sound").backend, None
+    if target == "gguf-q8_0":
+        base = sound
+    elif target == "onnx-int4":
+        base = tmp_path / "base"
+        export_checkpoint("nano", "onnx-fp32", base, golden=False)
+    healthy = verify(task_of(tmp_path / "sound", samples, unquantised=base), silent, reference)
+    assert failed(healthy) == [] and self_test(tmp_path / "sound", threads=1).passed
+    passed = []
+    for fault in (each for each in FAULTS if each.fits(backend)):
+        copy = damaged_copy(tmp_path / "sound", fault, tmp_path / fault.name)
+        with fault.patched(backend, nano):
+            run = verify(task_of(copy, samples, unquantised=base), silent, reference)
+            site = self_test(copy, threads=1)
+        if run["failed_stage"] not in fault.stages or site.passed:
+            passed.append((fault.name, run["failed_stage"], site.passed))
+    assert not passed
+
+
 def test_the_stages_after_the_first_see_weight_faults_too(
     sound: Path, samples: Path, reference: Reference, tmp_path: Path
 ) -> None:
@@ -249,6 +281,12 @@ def test_layer_by_layer_gives_the_same_traces_whatever_is_guessed(
         for ours, theirs in zip(one.features, other.features, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
     assert max(calls) > 3  # it did have to guess anew
+
+
+def test_memory_decides_how_the_checkpoint_is_run(nano: Checkpoint) -> None:
+    assert isinstance(open_reference(nano, 8 << 30, 0), WholeReference)
+    assert isinstance(open_reference(nano, 8 << 30, 7 << 30), StreamedReference)
+    assert open_reference(nano, 1 << 20, 0).describe()["how"] == "layer by layer"
 
 
 def test_report_and_exit_code(
