@@ -20,7 +20,7 @@ from medmo_edge.runtime.node_log import NodeLog, hashed
 from medmo_edge.runtime.node_queue import Queue
 from medmo_edge.runtime.node_spool import INCOMING, Spool
 
-SUCCESS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xC000
+SUCCESS, OUT_OF_RESOURCES = 0x0000, 0xA700
 MAX_PDU = 131072
 
 # What read_image decodes; see docs/dicom.md.
@@ -95,6 +95,7 @@ class Receiver:
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_C_ECHO, self._echo),
             (evt.EVT_REJECTED, self._rejected),
+            (evt.EVT_ABORTED, self._aborted),
         ]
         limit = config.max_instance_mb * 2**20
         try:
@@ -121,6 +122,9 @@ class Receiver:
 
     def _rejected(self, event: Any) -> None:
         self._log.event("rejected", calling=_calling(event))
+
+    def _aborted(self, event: Any) -> None:
+        self._log.event("aborted", calling=_calling(event))
 
     def _store(self, event: Any) -> int:
         """Status of one C-STORE; never an exception, never a word of the data set."""
