@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from medmo_edge.errors import UsageError
-from medmo_edge.runtime.serve import TOKEN_VARIABLE, Address, bind
+from medmo_edge.errors import MedmoError, UsageError
+from medmo_edge.runtime.serve import TOKEN_VARIABLE, Address, bind, serve
 from medmo_edge.runtime.server_engine import Engine, Job
 from medmo_edge.runtime.server_metrics import Metrics
 from medmo_edge.runtime.server_problems import Problem
@@ -66,7 +66,7 @@ def test_a_made_up_token_a_running_answer_and_sigterm(tmp_path: Path) -> None:
         assert base and token and f"#token={token[1]}" in greeting
         assert "Research use only" in greeting
         headers = {"Authorization": f"Bearer {token[1]}"}
-        body = {**ASK, "stream": True, "max_tokens": 4096}
+        body = {**ASK, "stream": True, "max_tokens": 1500}
         with httpx2.stream(
             "POST", f"{base[1]}/chat/completions", json=body, headers=headers
         ) as reply:
@@ -101,26 +101,36 @@ def test_a_unix_socket_is_private_and_replaced_when_stale(tmp_path: Path) -> Non
     assert not path.exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "token", "words"),
-    [
-        (("fake:yes", "--port", "{taken}"), None, "in use: stop the other program"),
-        (("fake:yes", "--port", "0"), "short", "16 or more"),
-        (("fake:yes", "--port", "0"), "sixteen letters and a space", "without spaces"),
-        (("missing-artifact", "--port", "0"), None, "missing-artifact"),
-        (("fake:yes", "--socket", "/no/such/folder/socket"), None, "cannot listen"),
-    ],
-)
-def test_what_cannot_start_says_why_in_one_line(
-    arguments: tuple[str, ...], token: str | None, words: str
-) -> None:
+def test_a_port_in_use_is_one_line_and_exit_code_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = str(other.getsockname()[1])
-        filled = [each.format(taken=taken) for each in arguments]
-        with _serve(*filled, token=token) as process:
+        with _serve("fake:yes", "--port", taken) as process:
             _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert len(errors.splitlines()) == 1 and words in errors
+    assert len(errors.splitlines()) == 1 and "in use: stop the other program" in errors
+
+
+@pytest.mark.parametrize(
+    ("artifact", "address", "token", "words"),
+    [
+        ("fake:yes", Address(port=0), "short", "16 or more"),
+        ("fake:yes", Address(port=0), "sixteen letters and a space", "without spaces"),
+        ("missing-artifact", Address(port=0), None, "missing-artifact"),
+        ("fake:yes", Address(path=Path("/no/such/folder/socket")), None, "cannot listen"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    artifact: str,
+    address: Address,
+    token: str | None,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    if token is not None:
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+    with pytest.raises(MedmoError, match=words):
+        serve(artifact, address)
 
 
 # ---- the queue ----
