@@ -279,7 +279,7 @@ def _dicom(
         raise
     # highdicom holds its input against the standard and raises what it finds; the texts may name
     # values of the source.
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         about = (frames[0].source.dicom or {}).get("sop_class", "no SOP class")
         raise ResultError(
             f"{frames[0].source.path}: {kind} cannot refer to this kind of image ({about})"
