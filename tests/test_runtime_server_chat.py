@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from served import TOKEN, Served, png, served
@@ -120,6 +120,24 @@ def test_turns_and_text_alone(client: Any) -> None:
         model="fake", messages=[{"role": "user", "content": "What is a nodule?"}]
     )
     assert alone.choices[0].message.content == TEXT and alone.medmo_edge["source"] == []
+
+
+def test_the_clients_parser_gets_its_pydantic_model() -> None:
+    from pydantic import BaseModel
+
+    class Finding(BaseModel):
+        label: str
+        side: Literal["left", "right"]
+        size: int | None
+
+    class Report(BaseModel):
+        findings: list[Finding]
+
+    text = '{"findings": [{"label": "nodule", "side": "left", "size": null}]}'
+    with served(f"fake:{text}") as running, _open(running) as client:
+        said = client.chat.completions.parse(model="fake", messages=ASK, response_format=Report)
+    expected = Report(findings=[Finding(label="nodule", side="left", size=None)])
+    assert said.choices[0].message.parsed == expected
 
 
 def test_json_schema() -> None:
