@@ -39,7 +39,7 @@ def build_sc(
 
     if len(frames) != 1:
         raise ResultError("--sc captures one image: ask about one image at a time")
-    notice = f"{NOTICE} - {limited(origin.name, 40)} {limited(origin.version, 40)}"
+    notice = f"{NOTICE} - {limited(origin.name, 24)}"  # one line of the narrowest picture
     pixels = draw_overlay(
         frames[0], origin.answer.boxes, notice=notice, min_long_side=MIN_LONG_SIDE
     )
