@@ -179,7 +179,10 @@ def measure_all(
     journal: Path,
     progress: Progress,
 ) -> list[Record]:
-    """Measure the cases that ``journal`` does not hold yet; every record is appended to it."""
+    """Measure the cases that ``journal`` does not hold yet; every record is appended to it.
+
+    KeyboardInterrupt is passed on with words that say how to go on.
+    """
     records = read_journal(journal)
     done = {record.id for record in records}
     cases = chain(
@@ -188,13 +191,17 @@ def measure_all(
     )
     total = len(samples) + len(probes)
     progress("samples", len(records), total)
-    with journal.open("a", encoding="utf-8") as file:
-        for chunk in _chunks(cases, bench.reference.chunk):
-            for record in bench.measure(chunk):
-                file.write(record.to_json() + "\n")
-                file.flush()
-                records.append(record)
-                progress("samples", len(records), total)
+    try:
+        with journal.open("a", encoding="utf-8") as file:
+            for chunk in _chunks(cases, bench.reference.chunk):
+                for record in bench.measure(chunk):
+                    file.write(record.to_json() + "\n")
+                    file.flush()
+                    records.append(record)
+                    progress("samples", len(records), total)
+    except KeyboardInterrupt:
+        done_words = f"interrupted after {len(records)} of {total} samples"
+        raise KeyboardInterrupt(f"{done_words}: the same command goes on") from None
     return records
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import CheckpointError, PromptError
-from medmo_edge.tokenizer import Tokenizer
+from medmo_edge.tokenizer import Tokenizer, same_tokenizer, tokenizer_sha256
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +169,24 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="does not belong to this checkpoint"):
         open_checkpoint(folder).load_tokenizer()
+
+
+def test_two_files_are_the_same_tokenizer_by_what_they_mean(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    merges = values["model"]["merges"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    for name, merges in (("pairs", pairs), ("texts", [" ".join(pair) for pair in pairs])):
+        values["model"]["merges"] = merges  # both spellings are in use
+        values["truncation"] = {"max_length": 8}  # never applied by this package
+        (tmp_path / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        assert same_tokenizer(path, tmp_path / name)
+        assert tokenizer_sha256(path) == tokenizer_sha256(tmp_path / name)
+    values["model"]["merges"].pop()
+    (tmp_path / "short").write_text(json.dumps(values), encoding="utf-8")
+    assert not same_tokenizer(path, tmp_path / "short")
+    (tmp_path / "none").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be read as a tokenizer"):
+        same_tokenizer(path, tmp_path / "none")

@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on_after_its_last_sample(
 
     copy = Path(shutil.copytree(sound, tmp_path / "a"))
     counting = Counting()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="after 2 of 5 samples: the same command goes on"):
         verify(task_of(copy, samples), stop, counting)
     assert read_manifest(copy).certificate is None and counting.traced == 2
     resumed = verify(task_of(copy, samples), silent, counting)
