@@ -2,13 +2,14 @@
 
     python benchmarks/calibration_gain.py --data DATA --work-dir DIR [--only NAME ...]
 
-Calibrates nano on drawn radiographs and training smears, once with images and once with the same
-words alone, quantises with neither and with each, and compares with the checkpoint in fp32: mean KL
-divergence of the next-token distributions along the labelled answers, and the IoU of greedy boxes
-with the labels. Held out: other phantoms, validation smears, VQA-RAD. GGUF and ONNX are run by the
-product's own backends; FP8 (per-tensor inputs, per-channel weights) is rounded inside transformers,
-which the fp8 graphs equal. Every variant is kept in DIR: a run that was stopped goes on. Intervals
-are 95 % bootstraps over pictures, paired. DATA holds bccd/ and vqa-rad/.
+Calibrates nano on drawn radiographs, training smears and VQA-RAD, once with images and once with
+the same words alone, quantises with neither and with each, and compares with the checkpoint in
+fp32: mean KL divergence of the next-token distributions along the labelled answers, and the IoU of
+greedy boxes with the labels. Held out: other phantoms, validation smears, other pictures of
+VQA-RAD, which nano was never trained on and whose KL is therefore shown apart. GGUF and ONNX are
+run by the product's own backends; FP8 (per-tensor inputs, per-channel weights) is rounded inside
+transformers, which the fp8 graphs equal. Every variant is kept in DIR: a run that was stopped goes
+on. Intervals are 95 % bootstraps over pictures, paired. DATA holds bccd/ and vqa-rad/.
 """
 
 import argparse
@@ -90,13 +91,15 @@ def variants() -> Iterator[tuple[str, str]]:
 def prepare(folder: Path, data: Path, pictures: int, samples: int) -> None:
     """Sample files and both records."""
     if not (folder / "calibration").exists():
-        write_nano_samples(
+        drawn = write_nano_samples(
             folder / "calibration",
             num_phantoms=32,
             first_seed=CALIBRATION_SEED,
             data=data,
             num_smears=32,
         )
+        others = vqa_rad(data, 2 * pictures, held_out=False)
+        write_samples(folder / "calibration.jsonl", [*read_samples(drawn), *others])
     if not (folder / "held-out.jsonl").exists():
         drawn = write_nano_samples(
             folder / "held-out",
@@ -108,19 +111,22 @@ def prepare(folder: Path, data: Path, pictures: int, samples: int) -> None:
         )
         # A list of all red cells is as long as all other answers together.
         kept = [s for s in read_samples(drawn) if not s.id.endswith("locate-RBC")]
-        write_samples(folder / "held-out.jsonl", [*kept, *vqa_rad(data, 2 * pictures)])
+        write_samples(
+            folder / "held-out.jsonl", [*kept, *vqa_rad(data, 2 * pictures, held_out=True)]
+        )
     for name in RECORDS[1:]:
         if not (folder / name).exists():
-            path = folder / "calibration" / "samples.jsonl"
+            path = folder / "calibration.jsonl"
             calibrate("nano", path, folder / name, limit=samples, text_only=name == "text")
 
 
-def vqa_rad(data: Path, number: int) -> list[Sample]:
-    """Questions of the published file, evenly spaced, one per picture."""
+def vqa_rad(data: Path, number: int, *, held_out: bool) -> list[Sample]:
+    """One question per picture of the published file: ``number`` held-out pictures, or the rest."""
     from medmo_edge.evaluation.format_vqa_rad import read_vqa_rad
 
     items = {str(item.images[0]): item for item in read_vqa_rad(data / "vqa-rad")}
-    chosen = list(items.values())[:: max(1, len(items) // number)][:number]
+    kept = list(items)[:: max(1, len(items) // number)][:number]
+    chosen = [item for name, item in items.items() if (name in kept) == held_out]
     return [
         Sample(
             id=item.id,
@@ -152,6 +158,8 @@ class HeldOut:
         self.rendered.sort(key=lambda item: (str(by_id[item.id].images), item.id))
         self.samples = [by_id[item.id] for item in self.rendered]
         self.pictures = [str(sample.images[0]) for sample in self.samples]
+        foreign = np.array([sample.id.startswith("vqa-rad") for sample in self.samples])
+        self.parts = (np.flatnonzero(~foreign), np.flatnonzero(foreign))
         prompts = [item.prompt for item in self.rendered]
         path = folder / "reference.npz"
         if not path.exists():
@@ -307,18 +315,21 @@ def print_table(folder: Path, held: HeldOut) -> None:
     print(
         f"\n{len(held.samples)} samples of {len(set(held.pictures))} pictures, {boxes} with boxes"
     )
-    print("\n| target | calibration | mean KL x 1000 | KL / without | IoU | IoU - without |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n| target | calibration |{' KL x 1000 | of without |' * 2} IoU | more than without |")
+    print("|---|---|---|---|---|---|---|---|")
     for (name, record), values in found.items():
-        base = found.get(("fp8" if "fp8" in name else name, "none"))
-        gains = compared(values, base, held.pictures) if base and record != "none" else ("", "")
-        kl, iou = 1000 * values["kl"].mean(), np.nanmean(values["iou"])
-        print(f"| {name} | {record} | {kl:.3f} | {gains[0]} | {iou:.3f} | {gains[1]} |")
+        base = found.get(("fp8" if "fp8" in name else name, "none")) if record != "none" else None
+        cells = [f"{1000 * values['kl'][part].mean():.3f}" for part in held.parts]
+        gains = compared(values, base, held) if base else ("", "", "")
+        print(
+            f"| {name} | {record} | {cells[0]} | {gains[0]} | {cells[1]} | {gains[1]} "
+            f"| {np.nanmean(values['iou']):.3f} | {gains[2]} |"
+        )
+    print("\nimage+text against text alone: KL ratio on nano's pictures, on VQA-RAD; IoU")
     for name in dict.fromkeys(name for name, _ in found):
         with_images, words = found.get((name, "image+text")), found.get((name, "text"))
         if with_images and words:
-            ratio, step = compared(with_images, words, held.pictures)
-            print(f"\n{name}, image+text against text alone: KL ratio {ratio}, IoU {step}")
+            print(f"{name}: {'; '.join(compared(with_images, words, held))}")
 
 
 def read_text(path: Path) -> str:
@@ -327,14 +338,19 @@ def read_text(path: Path) -> str:
 
 
 def compared(
-    values: dict[str, NDArray[np.float64]],
-    base: dict[str, NDArray[np.float64]],
-    pictures: Sequence[str],
-) -> tuple[str, str]:
-    """Ratio of mean KL and difference of mean IoU, each with its interval."""
-    ratio = interval(lambda i: values["kl"][i].mean() / base["kl"][i].mean(), pictures)
-    step = interval(lambda i: nan_mean(values["iou"][i] - base["iou"][i]), pictures)
-    return ratio, step
+    values: dict[str, NDArray[np.float64]], base: dict[str, NDArray[np.float64]], held: HeldOut
+) -> tuple[str, ...]:
+    """Ratios of mean KL in both parts and difference of mean IoU, each with its interval."""
+
+    def ratio(chosen: NDArray[np.intp]) -> float:
+        return float(values["kl"][chosen].mean() / base["kl"][chosen].mean())
+
+    everywhere = np.arange(len(held.samples))
+    step = values["iou"] - base["iou"]
+    return (
+        *(interval(ratio, part, held.pictures) for part in held.parts),
+        interval(lambda chosen: nan_mean(step[chosen]), everywhere, held.pictures),
+    )
 
 
 def nan_mean(values: NDArray[np.float64]) -> float:
@@ -343,16 +359,20 @@ def nan_mean(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def interval(score: Callable[[NDArray[np.intp]], float], pictures: Sequence[str]) -> str:
-    """``score`` of all samples with its 95 % interval over resampled pictures."""
-    names = sorted(set(pictures))
-    members = [np.flatnonzero(np.array(pictures) == name) for name in names]
+def interval(
+    score: Callable[[NDArray[np.intp]], float], part: NDArray[np.intp], pictures: Sequence[str]
+) -> str:
+    """``score`` of the samples ``part`` with its 95 % interval over resampled pictures."""
+    members: dict[str, list[int]] = {}
+    for index in part:
+        members.setdefault(pictures[index], []).append(int(index))
+    groups = [np.array(indexes) for indexes in members.values()]
 
     def of_pictures(drawn: NDArray[np.intp]) -> float:
-        return float(score(np.concatenate([members[index] for index in drawn])))
+        return score(np.concatenate([groups[index] for index in drawn]))
 
-    low, high = bootstrap(of_pictures, len(names))
-    return f"{float(score(np.arange(len(pictures)))):.3f} ({low:.3f} .. {high:.3f})"
+    low, high = bootstrap(of_pictures, len(groups))
+    return f"{score(part):.3f} ({low:.3f} .. {high:.3f})"
 
 
 if __name__ == "__main__":
