@@ -93,15 +93,16 @@ class Ort:
         self._end = START
         self._table: NDArray[Any] | None = _open_table(manifest, self._facts)
         self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
-        self.max_cells = fit.max_cells(manifest, device, place, max_context)
         provider = native.CUDA if place == "cuda" else native.CPU
         settings = native.Settings(provider=provider, threads=threads)
         self._decoder: Decoder | None = Decoder(
             manifest,
             settings,
             self._interrupt,
-            cells=min(FIRST_CELLS, self.max_cells),
+            cells=min(FIRST_CELLS, max_context or FIRST_CELLS),
         )
+        # By where it really runs: a GPU's memory says nothing about the computer's.
+        self.max_cells = fit.max_cells(manifest, device, self._decoder.place, max_context)
         self._vision: Vision | None = Vision(manifest, settings, self._interrupt)
         self.device = _describe(device, place, self._decoder.place, threads)
 

@@ -26,7 +26,8 @@ def _large(manifest: Manifest, size: int) -> Manifest:
 
 def test_a_token_of_the_4b_model_takes_144_kib(tiny_artifact: Path) -> None:
     manifest = _large(read_manifest(tiny_artifact), GB)
-    assert llamacpp_fit.cell_bytes(manifest) == 147_456  # keys and values x 36 layers x 8 heads x 128 x 2 bytes
+    # keys and values x 36 layers x 8 heads x 128 x 2 bytes
+    assert llamacpp_fit.cell_bytes(manifest) == 147_456
 
 
 @pytest.mark.parametrize(

@@ -356,13 +356,14 @@ def test_cuda_that_does_not_start_is_said_aloud(
 ) -> None:
     """The library lists CUDA without a GPU: only the session's own list counts."""
     gpu = Cuda(name="Example GPU", sm=90, memory_bytes=80 << 30)
-    device = replace(probe(), cuda=(gpu,), cuda_version="13.0")
+    device = replace(probe(), cuda=(gpu,), cuda_version="13.0", ram_available_bytes=300 << 20)
     monkeypatch.setattr(ort_native, "has_cuda", lambda: True)
     manifest = read_manifest(tiny_artifacts("onnx-fp16"))
     assert ort_module.place(manifest, device) == ("cuda", "")
     backend = ort_module.open(manifest, device, threads=1)
     assert backend.device.startswith("cpu (")
     assert "could not start CUDA" in caplog.text
+    assert backend.max_cells == 1024 < ort_fit.max_cells(manifest, device, "cuda", None)
     assert np.isfinite(backend.decode_tokens([1, 2, 3])).all()
     backend.close()
 
