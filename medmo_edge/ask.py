@@ -9,6 +9,7 @@ import click
 from medmo_edge.errors import MedmoError, UsageError
 from medmo_edge.images import Frame, parse_window, read_image
 from medmo_edge.overlay import check_overlay_path, draw_overlay, save_overlay
+from medmo_edge.runtime.constrain import check_schema
 from medmo_edge.runtime.generate import GenerationOptions
 from medmo_edge.runtime.results import (
     ResultOptions,
@@ -41,6 +42,7 @@ def run_ask(
     timeout: float | None,
     max_new_tokens: int,
     temperature: float,
+    json_schema: Path | None,
     seed: int,
 ) -> None:
     """Ask ``question`` about ``images`` and print the answer as text or as one JSON object."""
@@ -58,6 +60,7 @@ def run_ask(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        json_schema=None if json_schema is None else _schema(json_schema),
         timeout_seconds=timeout,
     )
     with load(artifact, backend, threads=threads, require_certificate=certified) as session:
@@ -82,6 +85,16 @@ def _check_results(results: dict[str, Path], overlay: Path | None, *, overwrite:
     for path in places:
         if places.count(path) > 1:
             raise UsageError(f"{path} is named for two results: give each its own file")
+
+
+def _schema(path: Path) -> str:
+    """The text of a JSON Schema. Errors: UsageError when it cannot be read or followed."""
+    try:
+        schema = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--json-schema {path} cannot be read: {error}") from error
+    check_schema(schema)
+    return schema
 
 
 def _ask(study: Study, question: str, options: GenerationOptions, *, stream: bool) -> Answer:

@@ -239,6 +239,11 @@ def verify(**options: Any) -> int:
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    help="File; the answer is JSON that follows it.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds.")
 @click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
@@ -261,6 +266,7 @@ def ask(**options: Any) -> None:
 @click.option("--socket", type=click.Path(path_type=Path), help="A Unix socket instead of a port.")
 @click.option("--no-token", is_flag=True, help="Let every program of this machine ask.")
 @click.option("--backend", default="auto", show_default=True, help="See medmo-edge doctor.")
+@click.option("--certified", is_flag=True, help="Refuse what is not certified for this machine.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; default by physical cores.")
 @click.option("--max-context", type=click.IntRange(1), help="Most tokens of one conversation.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of one answer [4096].")

@@ -45,6 +45,7 @@ def serve(
     backend: str = "auto",
     threads: int | None = None,
     max_context: int | None = None,
+    certified: bool = False,
     need_token: bool = True,
     say: Callable[[str], None] = print,
     **limits: Any,
@@ -60,7 +61,13 @@ def serve(
     token, generated = _token(need_token)
     listener = bind(address)
     try:
-        with load(artifact, backend, threads=threads, max_context=max_context) as session:
+        with load(
+            artifact,
+            backend,
+            threads=threads,
+            max_context=max_context,
+            require_certificate=certified,
+        ) as session:
             settings = Settings(token=token, **limits)
             state = State(session, settings)
             try:

@@ -1,6 +1,8 @@
 """Answers by a JSON Schema: what may come, what is refused, and that a model cannot leave it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from medmo_edge.errors import UsageError
 from medmo_edge.images import Frame
@@ -154,3 +157,15 @@ def test_the_fakes_tokenizer_is_understood() -> None:
     for id in chat.tokenizer.encode('"ja"'):
         assert np.flatnonzero(constraint.allowed()).tolist() == [id]
         constraint.accept(id)
+
+
+def test_the_command_line_takes_a_schema(tmp_path: Path) -> None:
+    picture, schema = tmp_path / "a.png", tmp_path / "schema.json"
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(picture)
+    command = [sys.executable, "-m", "medmo_edge", "ask", 'fake:{"a": 1}', str(picture), "What?"]
+    for content, code, words in (('{"type": "object"}', 0, '{"a": 1}'), ("{", 2, "not valid JSON")):
+        schema.write_text(content)
+        done = subprocess.run(
+            [*command, "--json-schema", str(schema)], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code and words in done.stdout + done.stderr
