@@ -91,20 +91,16 @@ def export_checkpoint(
         else:
             job = _onnx_job(opened, row, staging, record, report)
         facts = _model_facts(opened)
-        _check_space(job.data_bytes + opened.tokenizer_path.stat().st_size, staging)
-        weights = job.write(report)
-        shutil.copyfile(opened.tokenizer_path, staging / TOKENIZER_FILE)
-        (staging / TEMPLATE_FILE).write_text(opened.chat_template, encoding="utf-8", newline="")
-        identity = _identify(opened, report)
+        weights = _write(job, opened, staging, report)
         manifest = Manifest(
             target=row.name,
             backend=row.backend,
             model=facts,
             coords=opened.coords,
             preprocessing=opened.preprocessing.to_dict(),
+            checkpoint=_identify(opened, report),
             files=_record_files(staging, {**job.roles, **_SHARED_ROLES}, report),
             weights=weights,
-            checkpoint=identity,
             calibration=_calibration_record(imatrix, matrix, record),
             exporter=_exporter(row, time.monotonic() - started),
             certificate=None,
@@ -114,6 +110,15 @@ def export_checkpoint(
         if golden:
             written = _add_golden(opened, written, report)
     return written.moved_to(Path(output))
+
+
+def _write(job: _Job, checkpoint: Checkpoint, folder: Path, report: Progress) -> dict[str, Any]:
+    """All files but the manifest, once they are known to fit; returns the facts of the weights."""
+    _check_space(job.data_bytes + checkpoint.tokenizer_path.stat().st_size, folder)
+    weights = job.write(report)
+    shutil.copyfile(checkpoint.tokenizer_path, folder / TOKENIZER_FILE)
+    (folder / TEMPLATE_FILE).write_text(checkpoint.chat_template, encoding="utf-8", newline="")
+    return weights
 
 
 def _add_golden(checkpoint: Checkpoint, artifact: Manifest, report: Progress) -> Manifest:
