@@ -1,9 +1,10 @@
 """Which of several artifacts, on which backend: one order, with a reason for every one refused.
 
 An artifact that carries a passing certificate for where it would run goes before one that does not;
-then ``ORDER`` decides, which is a plain table: a new backend or target is a new row. The table says
-what was measured or follows from the hardware; nothing is measured here. On a GPU wide weights
-come first, since every target is fast enough there; on a CPU the fewest bytes per token come first.
+then ``ORDER`` decides, which is a plain table: a new backend or target is a new row. On a GPU wide
+weights come first, since every target is fast enough there. On a CPU what decodes fastest comes
+first: mostly the fewest bytes per token; benchmarks/decode_speed.py compares the first two rows.
+Nothing is measured here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,9 +38,9 @@ ORDER: tuple[Row, ...] = (
     Row("ort", "cuda", "onnx-fp16", "16-bit weights on the GPU"),
     Row("ort", "cuda", "onnx-int8", "8-bit weights on the GPU"),
     Row("ort", "cuda", "onnx-int4", "4-bit weights on the GPU"),
-    Row("ort", "cpu", "onnx-int4", "fewest bytes per token"),
-    Row("llamacpp", "cpu", "gguf-q4_k_m", "few bytes per token"),
-    Row("llamacpp", "cpu", "gguf-iq4_xs", "few bytes per token, slower to unpack"),
+    Row("ort", "cpu", "onnx-int4", "4-bit weights, measured to decode fastest on CPUs"),
+    Row("llamacpp", "cpu", "gguf-q4_k_m", "4-bit weights"),
+    Row("llamacpp", "cpu", "gguf-iq4_xs", "4-bit weights, slower to unpack"),
     Row("llamacpp", "cpu", "gguf-q5_k_m", "5-bit weights"),
     Row("llamacpp", "cpu", "gguf-q6_k", "6-bit weights"),
     Row("ort", "cpu", "onnx-int8", "8-bit weights"),
