@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.boxes import Box
-from medmo_edge.evaluation.gaps import Gap, first_difference, gap, margins, patch_difference
+from medmo_edge.evaluation.gaps import (
+    Gap,
+    box_agreement,
+    first_difference,
+    gap,
+    margins,
+    patch_difference,
+)
 from medmo_edge.evaluation.reference import Reference, Trace
 from medmo_edge.evaluation.truth import Score, score
 from medmo_edge.evaluation.verify_cases import Case, open_cases
@@ -33,7 +40,8 @@ class Record:
     """Everything that was measured on one case; ``stability`` is the smallest lead of the
     reference's best logit over its answer, ``scores`` compare each side with the label.
 
-    ``same_text_iou``: agreement of the boxes where both answers are the same text, else None.
+    ``same_text_iou``: agreement of the boxes that both sides read in the reference's own answer,
+    None when it has none.
     """
 
     id: str
@@ -103,6 +111,10 @@ class Side:
         rest = self._observer.follow(case.frames, case.question, tokens, len(known))
         return np.concatenate([known, rest])
 
+    def read(self, case: Case, text: str) -> tuple[Box, ...]:
+        """The boxes this artifact would give its user for an answer of this text."""
+        return self._observer.read_boxes(case.frames, text)
+
     def draft(self, case: Case, begun: tuple[int, ...], max_new_tokens: int) -> tuple[int, ...]:
         """A guess how the reference's answer goes on after ``begun``."""
         if not begun:
@@ -137,7 +149,7 @@ class Bench:
         if self.unquantised is not None:
             plain, plain_forced, runtime = self._against(self.unquantised, case, base)
             quantisation = gap(own, plain, forced, plain_forced, self.levels)
-        same_text = own.text == base.text
+        read = self.artifact.read(case, base.text) if base.boxes else ()
         sides = {"reference": base, "artifact": own, "unquantised": plain}
         boxes = {name: side.boxes for name, side in sides.items() if side}
         texts = {name: side.text for name, side in sides.items() if side}
@@ -153,7 +165,7 @@ class Bench:
             whole=whole,
             runtime=runtime,
             quantisation=quantisation,
-            same_text_iou=whole.box_iou if same_text else None,
+            same_text_iou=box_agreement(read, base.boxes) if base.boxes else None,
             rejected=(len(base.rejected), len(own.rejected)),
             scores=_scores(case.sample, texts, boxes),
         )

@@ -247,13 +247,12 @@ def _boxes(records: Sequence[Record], gates: Gates) -> Stage:
     between = [each.whole.box_iou for each in records if each.whole.box_iou is not None]
     readable = [each.rejected[1] == 0 for each in records if each.rejected[0] == 0]
     valid = float(np.mean(readable)) if readable else 1.0
-    more: dict[str, float] = {"answers_with_boxes": len(between), "same_text": len(same)}
+    more: dict[str, float] = {"answers_with_boxes": len(between), "read_from_same_text": len(same)}
     if between:
         more["mean_iou_between"] = float(np.mean(between))
     if not same and valid >= limits["min_valid"]:
-        note = "no answer with boxes was the same text on both sides"
-        found = _not_measured("boxes", note if between else "no answer has a box")
-        return Stage(name="boxes", verdict="undecided", figures=more, note=found.note)
+        note = "not measured: no answer of the reference has a box"
+        return Stage(name="boxes", verdict="undecided", figures=more, note=note)
     least = {"valid": (valid, limits["min_valid"])}
     if same:
         least["same_text_iou"] = min(same), limits["min_same_text_iou"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.boxes import Box
 from medmo_edge.images import Frame
 from medmo_edge.preprocess import patchify
 from medmo_edge.runtime.answers import Answer
@@ -134,11 +135,10 @@ class Observer:
             logits = session._backend.decode_tokens(tokens[-1:])
         return tuple(tokens)
 
-    def read_boxes(self, frames: Sequence[Frame], text: str) -> list[tuple[float, ...]]:
-        """How an answer of this ``text`` would be read: XYXY in source pixels."""
+    def read_boxes(self, frames: Sequence[Frame], text: str) -> tuple[Box, ...]:
+        """How an answer of this ``text`` would be read, in source pixels."""
         study = self._study_of(tuple(frames))
-        answer = study._answer(Outcome(text, "stop", 0, 0.0), Cost(), 0)
-        return [box.xyxy for box in answer.boxes]
+        return study._answer(Outcome(text, "stop", 0, 0.0), Cost(), 0).boxes
 
     def close(self) -> None:
         """Let go of the images; the session stays open."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medmo_edge.boxes import iou
+from medmo_edge.boxes import XYXY, iou
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime.certified import device_class
@@ -65,7 +65,7 @@ class _Replay:
     same_prompt: bool
     patches: list[float]
     values: Values
-    boxes: list[tuple[float, ...]]
+    boxes: list[XYXY]
     answer: str
 
 
@@ -106,7 +106,7 @@ def _replay(session: Session, case: GoldenCase) -> _Replay:
             same_prompt=list(asked.prompt_ids) == case.prompt_ids,
             patches=_sampled(seen.patches[0], case.patch_places),
             values=nothing if features is None else values_of(case, observer, features, asked),
-            boxes=observer.read_boxes(frames, case.box_text),
+            boxes=[box.xyxy for box in observer.read_boxes(frames, case.box_text)],
             answer=asked.answer.text,
         )
     finally:
