@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 LLAMA_CMAKE := -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/cmake/llama-runtime-only.cmake
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow check format docs clean
 
 demo: $(VENV)/.runtime
 	rm -rf demo
@@ -38,8 +38,11 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # llama-cpp-python compiles once, a few minutes on two cores.
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) torch
-	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[cpu,llamacpp,export,dicom,serve,optimum,train,dev]"
+	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[cpu,llamacpp,export,dicom,serve,data,optimum,train,dev]"
 	touch $@
+
+docs: $(VENV)/.runtime
+	$(BIN)/python docs/write_modules.py
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info

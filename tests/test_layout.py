@@ -1,5 +1,6 @@
 """The house keeps its shape: light imports, no leaked names, packages and help as printed."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -97,7 +98,12 @@ def test_wheel_holds_our_package_with_its_data_and_the_optimum_command(tmp_path:
     assert in_optimum == ["optimum/commands/register/register_medmo_edge.py"]
     for needed in (
         "medmo_edge/py.typed",
+        "medmo_edge/evaluation/gates.toml",
+        "medmo_edge/evaluation/report.html",
         "medmo_edge/runtime/session.py",
+        "medmo_edge/runtime/viewer.css",
+        "medmo_edge/runtime/viewer.html",
+        "medmo_edge/runtime/viewer.js",
         "medmo_edge/train/nano.toml",
         "medmo_edge/medmo-nano/model.safetensors",
         "medmo_edge/medmo-nano/README.md",
@@ -115,15 +121,24 @@ def test_readme_shows_the_real_help() -> None:
     assert shown.group(1).strip() == help_text.strip()
 
 
-def test_readme_tree_names_every_module() -> None:
-    readme = (ROOT / "README.md").read_text()
-    missing = [
-        path.name
-        for folder in ("medmo_edge", *ROOMS, "benchmarks")
-        for path in sorted((ROOT / folder).glob("*.py"))
-        if not path.name.startswith("__") and path.name not in readme
+def test_the_page_of_modules_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "modules.md").read_text()
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs" / "write_modules.py")
+    assert spec and spec.loader
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    assert page == writer.page(), "docs/modules.md is out of date: run `make docs`"
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    targets = [
+        (page.name, target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
     ]
-    assert missing == []
+    assert targets == []
 
 
 def test_help_is_fast() -> None:
