@@ -6,7 +6,9 @@ Exports a random checkpoint of the 0.6B shape to every target, lets onnxruntime-
 text decoder its own way (plain Qwen3, which spares it M-RoPE and DeepStack; int4 in blocks of 32
 with an int8 head, as ours), and times each in processes of its own, in rounds, so that a machine
 that slows down slows all. The roofline is what a measured stream of reads would allow for the bytes
-of weights and KV cache that one token needs. Greedy choice is included everywhere.
+of weights and KV cache that one token needs. Greedy choice is included everywhere. llama.cpp should
+be the build that the Makefile makes: with AMX code in it, its fast kernels stay off (see
+runtime/llamacpp_native.py), and LLAMA_CPP_LIB_PATH may name another build.
 
 Needs onnxruntime-genai and onnx_ir for its builder; runtimes that are missing are left out.
 --tokenizer names a folder with Qwen3's tokenizer.json and tokenizer_config.json. About 8 minutes on
@@ -36,10 +38,10 @@ _SIZE = "0.6b"
 _OURS = ("onnx-int4", "onnx-int8", "onnx-fp16", "gguf-q4_k_m")
 _GENAI = {
     "genai-int4": ("int4", ["accuracy_level=4", "matmul_mixed_precision=last_matmul:int8"]),
-    "genai-fp32": ("fp32", []),
+    "genai-fp16": ("fp16", []),
 }
 # (ours, the other): the ratios that are asked for
-_PAIRS = (("onnx-int4", "genai-int4"), ("onnx-fp16", "genai-fp32"), ("onnx-int4", "gguf-q4_k_m"))
+_PAIRS = (("onnx-int4", "genai-int4"), ("onnx-fp16", "genai-fp16"), ("onnx-int4", "gguf-q4_k_m"))
 _STREAM_BYTES = 512 << 20
 
 
