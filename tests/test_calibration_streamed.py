@@ -1,6 +1,6 @@
 """The streamed forward pass against transformers' whole model, layer by layer and in the end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,16 @@ def test_logits_and_features_are_those_of_the_whole_model(
             assert outputs.features == ()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Several threads split a matrix by its rows, and images one by one have fewer of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_nano_in_bfloat16_is_the_whole_model_to_the_bit() -> None:
     """With the convolution computed as the matrix product it is, nothing is left that differs."""
     checkpoint = open_checkpoint("nano")
