@@ -117,10 +117,14 @@ def test_small_blocks_write_the_same_files(
 ) -> None:
     pytest.importorskip("llama_cpp")
     for target in ("gguf-f16", "gguf-q4_k_m"):
-        whole = export_checkpoint(tiny_checkpoint, target, tmp_path / f"{target}-whole")
+        whole = export_checkpoint(
+            tiny_checkpoint, target, tmp_path / f"{target}-whole", golden=False
+        )
         with monkeypatch.context() as patch:
             patch.setattr(gguf_write, "_BLOCK_BYTES", 5000)  # four rows of 256 and some
-            blocks = export_checkpoint(tiny_checkpoint, target, tmp_path / f"{target}-blocks")
+            blocks = export_checkpoint(
+                tiny_checkpoint, target, tmp_path / f"{target}-blocks", golden=False
+            )
         assert blocks.files == whole.files
 
 
@@ -161,7 +165,7 @@ def test_values_beyond_float16_keep_their_tensor_in_f32(
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "large")
     overwrite(checkpoint, tensor, 7, 0x4780)  # 65536.0, just above float16's 65504
-    manifest = export_checkpoint(checkpoint, target, tmp_path / "a")
+    manifest = export_checkpoint(checkpoint, target, tmp_path / "a", golden=False)
     tensors = {each.name: each for each in gguf.GGUFReader(tmp_path / "a" / file).tensors}
     assert tensors[name].tensor_type.name == "F32"
     assert tensors[name].data.reshape(-1)[7] == 65536.0
@@ -178,7 +182,7 @@ def test_nan_and_infinity_are_named_and_leave_nothing(
     checkpoint = make_checkpoint(tmp_path / "diverged")
     overwrite(checkpoint, f"model.{part}.weight", 3, value)
     with pytest.raises(ExportError, match="holds NaN or infinity") as caught:
-        export_checkpoint(checkpoint, target, tmp_path / "a")
+        export_checkpoint(checkpoint, target, tmp_path / "a", golden=False)
     assert f"model.{part}.weight" in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["diverged"]
 
@@ -188,7 +192,7 @@ def test_a_missing_library_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "llama_cpp._ggml", None)
     with pytest.raises(ExportError, match=r"pip install 'medmo-edge\[llamacpp\]'"):
-        export_checkpoint(tiny_checkpoint, "gguf-q8_0", tmp_path / "a")
+        export_checkpoint(tiny_checkpoint, "gguf-q8_0", tmp_path / "a", golden=False)
     assert export_checkpoint(tiny_checkpoint, "gguf-f16", tmp_path / "b").target == "gguf-f16"
 
 
@@ -197,7 +201,7 @@ def test_a_missing_gguf_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ExportError, match=r"pip install 'medmo-edge\[export\]'"):
-        export_checkpoint(tiny_checkpoint, "gguf-f16", tmp_path / "a")
+        export_checkpoint(tiny_checkpoint, "gguf-f16", tmp_path / "a", golden=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -208,7 +212,7 @@ def test_every_value_survives_as_far_as_its_type_holds_it(
 ) -> None:
     """Independent reference: numpy's rounding of the checkpoint's own values."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", dtype=dtype))
-    manifest = export_checkpoint(checkpoint.path, target, tmp_path / "a")
+    manifest = export_checkpoint(checkpoint.path, target, tmp_path / "a", golden=False)
     language, vision = plan_tensors(checkpoint)
     for role, planned in (("language", language), ("vision", vision)):
         stored = {t.name: t for t in gguf.GGUFReader(manifest.path_of(role)).tensors}

@@ -66,7 +66,7 @@ def test_a_manifest_that_lies_about_the_model(tiny_artifact: Path, tmp_path: Pat
         ("vocab_size", 1000, "vocabulary 448, the manifest says 1000"),
         ("deepstack_levels", 3, "image embedding size 512, the manifest says 1024"),
         ("tokenizer_length", 5, "tokenizer has 443 ids"),
-        ("vocab_size", 400, "tokenizer has 443 ids, the model only 400"),
+        ("vocab_size", 400, "vocabulary 448, the manifest says 400"),
         ("num_layers", "four", "model num_layers 'four', which is no positive number"),
         ("image_token", None, "image_token"),
     ):

@@ -46,7 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from medmo_edge.export.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("viewer") / "artifact"
-    export_checkpoint("nano", "gguf-q8_0", folder)
+    export_checkpoint("nano", "gguf-q8_0", folder, golden=False)
     with served(folder) as running:
         yield running
 
