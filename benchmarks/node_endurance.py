@@ -185,11 +185,13 @@ def send_all(paths: list[Path], chunk_size: int, port: int, tries: list[int]) ->
         tries.append(send(chunk, port, "FEW" if number % EVERY == 0 else "CT1"))
 
 
-def torment(node: Node, kills: int, chance: random.Random, sending: threading.Thread) -> int:
+def torment(
+    node: Node, kills: int, pause: float, chance: random.Random, sending: threading.Thread
+) -> int:
     """Kill and restart; the number of kills while instances were on their way or in work."""
     done = 0
     while done < kills:
-        time.sleep(chance.uniform(0.1, 2.0))
+        time.sleep(chance.uniform(0.05, 1.0) * pause)
         waiting = sending.is_alive() or node.status()["instances"]["waiting"] > 0
         if not waiting:
             break
@@ -241,7 +243,9 @@ def source_of(dataset: Any) -> str:
     return str(series.ReferencedImageSequence[0].ReferencedSOPInstanceUID)
 
 
-def run(folder: Path, instances: int, kills: int, chunk: int, seed: int) -> dict[str, Any]:
+def run(
+    folder: Path, instances: int, kills: int, pause: float, chunk: int, seed: int
+) -> dict[str, Any]:
     """The whole trial; what came of it."""
     ports = dict(zip(("node", *DESTINATIONS), free_ports(4), strict=True))
     (folder / "rules.toml").write_text(RULES.format(**ports))
@@ -257,7 +261,7 @@ def run(folder: Path, instances: int, kills: int, chunk: int, seed: int) -> dict
         tries: list[int] = []
         sending = threading.Thread(target=send_all, args=(paths, chunk, ports["node"], tries))
         sending.start()
-        killed = torment(node, kills, random.Random(seed), sending)
+        killed = torment(node, kills, pause, random.Random(seed), sending)
         sending.join()
         peer = receive(folder / "dead", ports["dead"])
         stack.callback(peer.terminate)
@@ -303,6 +307,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=1000)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--pause", type=float, default=2.0, help="longest time between kills, s")
     parser.add_argument("--chunk", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
@@ -311,7 +316,8 @@ def main() -> None:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed: it is in DCMTK")
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), options.instances, options.kills, options.chunk, options.seed)
+        values = (options.instances, options.kills, options.pause, options.chunk, options.seed)
+        result = run(Path(folder), *values)
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -5,8 +5,9 @@
 Exports the packaged checkpoint to each target, evaluates it and the checkpoint (transformers,
 float32) on BCCD's val split, the phantoms and the VQA-RAD split, and compares each with the
 checkpoint, question by question. Finished and half-finished runs in --runs are gone on with, so it
-can be stopped at any time; the page holds what is finished. Timings mean something only on an idle
-machine: --busy leaves them out, --fresh forgets the runs first.
+can be stopped at any time; the page holds what is finished. --fresh forgets the runs first. Speeds
+come from a short run of their own, because they mean something only on an idle machine: --speeds
+measures them again.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from medmo_edge.export.targets import TARGETS
 from medmo_edge.runtime.device import probe
 
 REFERENCE = "checkpoint"
+SPEED, SPEED_QUESTIONS = "speed", 80
 BENCHMARKS = ("bccd", "phantoms", "vqa-rad")
 TITLES = {
     "bccd": "Blood smears (BCCD val, 87 pictures)",
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--benchmarks", nargs="*", default=list(BENCHMARKS))
     parser.add_argument("--threads", type=int, help="CPU threads of the runtime")
     parser.add_argument("--fresh", action="store_true", help="forget runs made before")
-    parser.add_argument("--busy", action="store_true", help="leave tokens/s out of the page")
+    parser.add_argument("--speeds", action="store_true", help="time every target again")
     parser.add_argument("--table-only", action="store_true", help="write what is finished")
     arguments = parser.parse_args()
     if arguments.fresh and arguments.runs.exists():
@@ -64,7 +66,8 @@ def main() -> None:
     if not arguments.table_only:
         for target in arguments.targets:
             run_target(target, arguments)
-    page = render(arguments.runs, speeds=not arguments.busy)
+            time_target(target, arguments)
+    page = render(arguments.runs)
     arguments.output.write_text(page, encoding="utf-8")
     print(f"{arguments.output} written", file=sys.stderr)
 
@@ -88,6 +91,23 @@ def run_target(target: str, arguments: argparse.Namespace) -> None:
         )
 
 
+def time_target(target: str, arguments: argparse.Namespace) -> None:
+    """A short run whose only result is its speed; the checkpoint is not timed."""
+    folder = arguments.runs / SPEED / target
+    if target == REFERENCE or ((folder / RESULT).is_file() and not arguments.speeds):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    evaluate(
+        EvalOptions(
+            model=str(artifact(target, arguments.runs)),
+            benchmark="phantoms",
+            output=folder,
+            limit=SPEED_QUESTIONS,
+            threads=arguments.threads,
+        )
+    )
+
+
 def artifact(target: str, runs: Path) -> Path:
     """nano exported to ``target``, kept for the next call."""
     folder = runs / "artifacts" / target
@@ -97,18 +117,31 @@ def artifact(target: str, runs: Path) -> Path:
     return folder
 
 
-def render(runs: Path, *, speeds: bool = True) -> str:
+def render(runs: Path) -> str:
     """The page of all finished runs."""
-    note = "" if speeds else " Speeds are left out: the machine was busy."
-    parts = [HEADER, f"Package {__version__}, {_machine()}.{note}\n"]
+    parts = [HEADER, f"Package {__version__}, {_machine()}.\n"]
     for name in BENCHMARKS:
         rows = list(_rows(runs, name))
-        if not speeds:
-            rows = [{k: value for k, value in row.items() if k != "tokens/s"} for row in rows]
         if rows:
             parts.append(f"## {TITLES[name]}\n")
             parts.append(_table(rows))
+    if speeds := list(_speeds(runs)):
+        parts.append(f"## Speed ({SPEED_QUESTIONS} questions about phantoms, one at a time)\n")
+        parts.append(_table(speeds))
     return "\n".join(parts)
+
+
+def _speeds(runs: Path) -> Iterator[dict[str, str]]:
+    """Decoding alone, and whole answers with image and prompt, by target."""
+    for target in TARGETS:
+        path = runs / SPEED / target / RESULT
+        if path.is_file():
+            speed = json.loads(path.read_text(encoding="utf-8"))["speed"]
+            yield {
+                "target": target,
+                "tokens/s": f"{speed['tokens_per_second']:.0f}",
+                "questions/s": f"{speed['questions_per_second']:.1f}",
+            }
 
 
 def _machine() -> str:
@@ -146,8 +179,6 @@ def _row(runs: Path, target: str, name: str, result: dict[str, Any]) -> dict[str
         row[label] = f"{figures['mean_iou']:.3f}"
     row["readable"] = f"{100 * result['parse_rate']:.1f} %"
     row["same"] = same
-    speed = result["speed"]["tokens_per_second"]
-    row["tokens/s"] = "-" if speed is None else f"{speed:.0f}"
     return row
 
 

@@ -52,7 +52,8 @@ def _run(*options: str) -> None:
 
 
 def test_every_accepted_instance_is_answered_once() -> None:
-    _run("--instances", "8", "--kills", "2", "--chunk", "2")
+    # Pauses shorter than the sending of one chunk, so that a fast machine is hit, too.
+    _run("--instances", "16", "--kills", "2", "--pause", "0.15", "--chunk", "2")
 
 
 @pytest.mark.slow
