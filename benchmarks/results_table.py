@@ -28,6 +28,10 @@ from medmo_edge.runtime.device import probe
 
 REFERENCE = "checkpoint"
 SPEED, SPEED_QUESTIONS = "speed", 80
+SPEED_NOTE = """\
+A model this small says little about the speed of a real one, and its runs scatter; for real shapes
+see `benchmarks/decode_speed.py` and `benchmarks/first_token.py`.
+"""
 BENCHMARKS = ("bccd", "phantoms", "vqa-rad")
 TITLES = {
     "bccd": "Blood smears (BCCD val, 87 pictures)",
@@ -128,6 +132,7 @@ def render(runs: Path) -> str:
     if speeds := list(_speeds(runs)):
         parts.append(f"## Speed ({SPEED_QUESTIONS} questions about phantoms, one at a time)\n")
         parts.append(_table(speeds))
+        parts.append(SPEED_NOTE)
     return "\n".join(parts)
 
 
