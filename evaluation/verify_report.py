@@ -73,19 +73,42 @@ def format_html(run: Run) -> str:
         "<style>body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:72rem;"
         "padding:0 1rem;color:#1f2328}table{border-collapse:collapse;width:100%;margin:1rem 0}"
         "th,td{border:1px solid #d0d7de;padding:.35rem .6rem;text-align:left;vertical-align:top;"
-        "overflow-wrap:anywhere}th{white-space:nowrap}code{font-size:.9em}</style></head><body>"
+        "overflow-wrap:break-word}th{white-space:nowrap}.number{white-space:nowrap;"
+        "font-variant-numeric:tabular-nums}</style></head><body>"
         f'<h1>Verification</h1><p style="font-size:1.3em;color:{colour}"><b>'
         f"{escape(headline(run))}</b></p><table>{facts}</table><table><tr><th>stage</th>"
-        f"<th>verdict</th><th>figures</th><th>limits</th><th>note</th></tr>{stages}</table>"
+        f"<th>verdict</th><th>figure</th><th>measured</th><th>limit</th></tr>{stages}</table>"
         f"{reading}</body></html>\n"
     )
 
 
 def _stage_row(stage: Mapping[str, Any]) -> str:
+    """The rows of one stage: a figure each, beside its limit; the note under its name."""
+    note = f"<br><small>{escape(stage['note'])}</small>" if stage["note"] else ""
     said = f'<b style="color:{_COLOURS[stage["verdict"]]}">{_SAID[stage["verdict"]]}</b>'
-    cells = [escape(stage["name"]), said]
-    cells += [escape(text) for text in (_figures(stage), _limits(stage), stage["note"])]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    figures = _beside_limits(stage) or [("", "", "")]
+    span = f' rowspan="{len(figures)}"'
+    start = f"<td{span}><b>{escape(stage['name'])}</b>{note}</td><td{span}>{said}</td>"
+    rows = [
+        f'<td>{escape(name)}</td><td class="number">{escape(value)}</td>'
+        f'<td class="number">{escape(limit)}</td>'
+        for name, value, limit in figures
+    ]
+    return "".join(f"<tr>{start if not n else ''}{row}</tr>" for n, row in enumerate(rows))
+
+
+def _beside_limits(stage: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name in words, value and limit of every figure; limits of nothing measured come last."""
+    left = dict(stage["limits"])
+    rows = []
+    for name, value in stage["figures"].items():
+        bounds = [
+            f"{words} {_number(left.pop(f'{side} {name}'))}"
+            for side, words in (("max", "at most"), ("min", "at least"))
+            if f"{side} {name}" in left
+        ]
+        rows.append((name.replace("_", " "), _number(value), ", ".join(bounds)))
+    return rows + [(name.replace("_", " "), "", _number(value)) for name, value in left.items()]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -120,7 +143,7 @@ def _limits(stage: Mapping[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
-        near_one = 0.99 < value < 1
+        near_one = 0.9995 < value < 1
         return f"1 - {1 - value:.2g}" if near_one else f"{value:.4g}"
     return str(value)
 
