@@ -7,7 +7,7 @@ boxes in the checkpoint's convention. Every line of a file is tried before any i
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from medmo_edge.errors import MedmoError, SampleError
 from medmo_edge.images import Frame, read_image
 from medmo_edge.preprocess import grid_thw, num_vision_tokens, resize
 from medmo_edge.prompts import ChatTemplate, encode_prompt
-from medmo_edge.samples import Sample, parse_sample, target_text
+from medmo_edge.samples import Sample, numbered_lines, parse_sample, target_text
 
 IMAGE_TOKEN = "<|image_pad|>"
 _NAMED_PROBLEMS = 20  # of more, only the line numbers are listed
@@ -111,7 +111,7 @@ def choose(path: str | Path, limit: int | None, seed: int) -> Callable[[str], bo
     """Whether a sample id is among ``limit`` drawn by ``seed``, whatever the order of the file."""
     if limit is None:
         return lambda id: True
-    ids = {id for _, text in _lines(Path(path)) if (id := _id_in(text)) is not None}
+    ids = {id for _, text in numbered_lines(Path(path)) if (id := _id_in(text)) is not None}
     drawn = sorted(ids, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())[:limit]
     return frozenset(drawn).__contains__
 
@@ -140,7 +140,7 @@ def render_file(
     path = Path(path)
     rendered: dict[str, Rendered] = {}
     problems: list[tuple[int, str]] = []
-    for number, text in _lines(path):
+    for number, text in numbered_lines(path):
         try:
             sample = parse_sample(text, path, number)
             if sample.id in rendered:
@@ -164,16 +164,6 @@ def _listed(problems: Sequence[tuple[int, str]]) -> str:
     count = "1 sample" if len(problems) == 1 else f"{len(problems)} samples"
     more = f"; also lines {', '.join(others)}" if others else ""
     return f"{count} cannot be rendered: {named}{more}"
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from ((n, text) for n, text in enumerate(file, start=1) if text.strip())
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{path} is not UTF-8 text: give a JSONL file") from error
-    except OSError as error:
-        raise SampleError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _shows_image(message: dict[str, Any]) -> bool:

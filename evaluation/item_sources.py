@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from medmo_edge.errors import SampleError, UsageError
+from medmo_edge.errors import SampleError, UsageError, one_line
 from medmo_edge.evaluation.items import Embedded, Picture
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".dcm")
@@ -131,7 +131,7 @@ def parquet_rows(path: Path, columns: Iterable[str]) -> Iterator[tuple[str, dict
                     number += 1
                     yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise SampleError(f"{path} cannot be read as Parquet: {_line(error)}") from error
+        raise SampleError(f"{path} cannot be read as Parquet: {one_line(error)}") from error
 
 
 def embedded(value: Any, name: str, where: str) -> Embedded:
@@ -230,7 +230,3 @@ def picture_or_embedded(
     if isinstance(value, str):
         return pictures.find(value, where)
     return embedded(value, name, where)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -22,6 +22,12 @@ and exits with code 2.
 from collections.abc import Mapping
 
 
+def one_line(error: BaseException, limit: int = 200, *, named: bool = False) -> str:
+    """What another library said, on one line of ``limit`` characters; ``named`` with its class."""
+    text = f"{type(error).__name__}: {error}" if named else str(error)
+    return " ".join(text.split())[:limit]
+
+
 class MedmoError(Exception):
     """Base of all errors that a user can cause; ``str(error)`` is one line."""
 

@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from medmo_edge.errors import CheckpointError, PromptError
+from medmo_edge.errors import CheckpointError, PromptError, one_line
 from medmo_edge.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise CheckpointError(f"chat template cannot be compiled: {_line(error)}") from error
+            raise CheckpointError(
+                f"chat template cannot be compiled: {one_line(error, named=True)}"
+            ) from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
@@ -74,7 +76,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is foreign code and can fail in any way
             raise PromptError(
-                f"chat template cannot render this conversation: {_line(error)}"
+                f"chat template cannot render this conversation: {one_line(error, named=True)}"
             ) from error
 
 
@@ -163,7 +165,3 @@ def check_user_text(tokenizer: Tokenizer, text: str) -> None:
     found = tokenizer.control_tokens_in(text)
     if found:
         raise PromptError(f"question contains the control token {found[0]}: remove it")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medmo_edge.errors import CheckpointError, PromptError
+from medmo_edge.errors import CheckpointError, PromptError, one_line
 
 if TYPE_CHECKING:
     import tokenizers
@@ -48,7 +48,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(
-                f"{path} cannot be read as a tokenizer: {_line(error)}"
+                f"{path} cannot be read as a tokenizer: {one_line(error)}"
             ) from error
         if not isinstance(inner.decoder, ByteLevel):
             raise CheckpointError(f"{path} is not a byte-level tokenizer, as every Qwen model has")
@@ -136,7 +136,7 @@ def _meaning(path: Path) -> dict[str, Any]:
         pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
         model["merges"] = [list(pair) for pair in pairs]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {one_line(error)}") from error
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     return {"model": model, **{name: values.get(name) for name in parts}}
 
@@ -154,7 +154,3 @@ def _byte_table() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(256 + index): byte for index, byte in enumerate(moved)
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -117,6 +117,15 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
+def release_numbers(version: str, count: int) -> tuple[int, ...]:
+    """The first ``count`` numbers of a version, to be compared: "1.31.1rc1" gives (1, 31) for 2."""
+    numbers = []
+    for part in version.split(".")[:count]:
+        digits = "".join(character for character in part if character.isdigit())
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
 def _text(path: str) -> str:
     try:
         return Path(path).read_text(errors="replace").replace("\0", "")

@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from medmo_edge.errors import BackendUnavailable
+from medmo_edge.errors import BackendUnavailable, one_line
+from medmo_edge.runtime.device import release_numbers
 
 DISTRIBUTION = "llama-cpp-python"
 # The first release we know to interpolate Qwen3-VL's position table with align_corners, as
@@ -101,7 +102,7 @@ def obstacle() -> str | None:
     installed = version()
     if installed is None:
         return f"{DISTRIBUTION} is not installed: pip install 'medmo-edge[llamacpp]'"
-    if _parse(installed) < MINIMUM_VERSION:
+    if release_numbers(installed, 3) < MINIMUM_VERSION:
         needed = ".".join(map(str, MINIMUM_VERSION))
         return f"{DISTRIBUTION} {installed} places boxes wrongly: install {needed} or newer"
     try:
@@ -109,14 +110,6 @@ def obstacle() -> str | None:
     except BackendUnavailable as error:
         return str(error)
     return None
-
-
-def _parse(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split(".")[:3]:
-        digits = "".join(character for character in part if character.isdigit())
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
 
 
 @cache
@@ -131,7 +124,9 @@ def load_library() -> Library:
     try:
         llama, mtmd = (import_module(name) for name in _REQUIRED)
     except Exception as error:  # ImportError, or RuntimeError / OSError from its own loader
-        raise BackendUnavailable(f"{DISTRIBUTION} does not load: {_line(error)}") from error
+        raise BackendUnavailable(
+            f"{DISTRIBUTION} does not load: {one_line(error, 300, named=True)}"
+        ) from error
     for module, names in zip((llama, mtmd), _REQUIRED.values(), strict=True):
         for name in names:
             if not hasattr(module, name):
@@ -324,7 +319,3 @@ def token_batch(library: Library, ids: Any, positions: Any) -> Any:
     batch.token = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     batch.pos = positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
     return batch
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -19,6 +19,7 @@ from typing import Any
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
 from medmo_edge.runtime.backends import Interrupted
+from medmo_edge.runtime.device import release_numbers
 
 #: distributions that own the Python module onnxruntime; only one may be installed
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
@@ -67,7 +68,7 @@ def obstacle() -> str | None:
             "uninstall both, then install one"
         )
     (name, version), *_ = installed.items()
-    if _parse(version) < MINIMUM_VERSION:
+    if release_numbers(version, 2) < MINIMUM_VERSION:
         return (
             f"{name} {version} is too old: install {'.'.join(map(str, MINIMUM_VERSION))} or newer"
         )
@@ -76,14 +77,6 @@ def obstacle() -> str | None:
     except BackendUnavailable as error:
         return str(error)
     return None
-
-
-def _parse(text: str) -> tuple[int, ...]:
-    numbers = []
-    for part in text.split(".")[:2]:
-        digits = "".join(character for character in part if character.isdigit())
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
 
 
 @cache
