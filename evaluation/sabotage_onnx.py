@@ -62,13 +62,13 @@ def deepstack_not_injected(_: Checkpoint) -> Iterator[None]:
 @contextmanager
 def one_dimensional_rope(_: Checkpoint) -> Iterator[None]:
     """All frequencies follow the time axis, on which an image's tokens are all at one place."""
-    from medmo_edge.runtime import ort_decoder
+    from medmo_edge.runtime import graph_inputs
     from medmo_edge.vision_inputs import rope_cos_sin as real
 
     def flat(positions: NDArray[np.int64], **settings: Any) -> Any:
         return real(np.repeat(positions[:1], 3, axis=0), **settings)
 
-    with patch.object(ort_decoder, "rope_cos_sin", flat):
+    with patch.object(graph_inputs, "rope_cos_sin", flat):
         yield
 
 

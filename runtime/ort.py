@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.errors import ArtifactError, GenerationError
+from medmo_edge.errors import GenerationError
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing, mrope_positions
 from medmo_edge.runtime import ort_fit as fit
 from medmo_edge.runtime import ort_native as native
 from medmo_edge.runtime.backends import START, Mark
 from medmo_edge.runtime.device import Device
+from medmo_edge.runtime.graph_inputs import open_table
 from medmo_edge.runtime.model_facts import FIRST_CELLS, Facts
 from medmo_edge.runtime.ort_decoder import CHUNK, Decoder
 from medmo_edge.runtime.ort_values import decode_rows
@@ -91,7 +92,7 @@ class Ort:
         self._facts = Facts.of(manifest)
         self._factor = Preprocessing.from_dict(manifest.preprocessing).factor
         self._end = START
-        self._table: NDArray[Any] | None = _open_table(manifest, self._facts)
+        self._table: NDArray[Any] | None = open_table(manifest, self._facts)
         self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
         provider = native.CUDA if place == "cuda" else native.CPU
         settings = native.Settings(provider=provider, threads=threads)
@@ -200,24 +201,6 @@ class Ort:
         self._require_open()
         assert self._table is not None
         return self._table
-
-
-def _open_table(manifest: Manifest, facts: Facts) -> NDArray[Any]:
-    """The embedding table [V, hidden], mapped. Errors: ArtifactError when it is another one."""
-    path = manifest.path_of("embeddings")
-    try:
-        table: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}: copy the artifact again") from error
-    dtype = str(manifest.weights.get("embeddings_dtype"))
-    storage = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}.get(dtype)
-    shape = (facts.vocab_size, facts.hidden_size)
-    if table.shape != shape or table.dtype != storage:
-        raise ArtifactError(
-            f"{path} holds {table.dtype} {list(table.shape)}, the manifest says {dtype} "
-            f"{list(shape)}: export again"
-        )
-    return table
 
 
 def _describe(device: Device, wanted: fit.Place, got: fit.Place, threads: int) -> str:

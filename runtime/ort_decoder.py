@@ -8,7 +8,6 @@ Shape suffixes: S rows of one call, R values of a row of embeddings, V vocabular
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,13 @@ from numpy.typing import NDArray
 from medmo_edge.errors import ArtifactError, GenerationError
 from medmo_edge.manifest import Manifest
 from medmo_edge.runtime import ort_native as native
+from medmo_edge.runtime.graph_inputs import Rope
 from medmo_edge.runtime.model_facts import Facts
 from medmo_edge.runtime.ort_cache import KvCache
 from medmo_edge.runtime.ort_fit import Place
 from medmo_edge.runtime.ort_values import Number, bind, number_of
-from medmo_edge.vision_inputs import rope_cos_sin
 
 CHUNK = 512  # rows evaluated at once; more costs memory without being faster on CPUs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rope:
-    """What rotary angles depend on, under the manifest's names."""
-
-    head_dim: int
-    rope_theta: float
-    mrope_section: tuple[int, ...]
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> "Rope":
-        """Errors: ArtifactError when the manifest does not say."""
-        model = manifest.model
-        try:
-            return cls(
-                head_dim=int(model["head_dim"]),
-                rope_theta=float(model["rope_theta"]),
-                mrope_section=tuple(int(size) for size in model["mrope_section"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(
-                f"{manifest.folder}: manifest.json lacks or garbles model entry {error}: "
-                "export again"
-            ) from error
 
 
 class Decoder:
@@ -142,7 +116,7 @@ class Decoder:
         """
         length = len(rows_SR)
         call = self._calls.get(length) or self._open_call(length)
-        call.fill(rows_SR, rope_cos_sin(positions, **_keywords(self._rope)), used)
+        call.fill(rows_SR, self._rope.angles(positions), used)
         long = length > 1
         native.run(self._session, call.binding(), self._interrupt, long=long)
         return call.logits()
@@ -161,14 +135,6 @@ class Decoder:
     def restore(self, state: NDArray[np.uint8], used: int) -> None:
         """Bytes from ``save`` back into the cache, which must be large enough."""
         self._cache.restore(state, used)
-
-
-def _keywords(rope: Rope) -> dict[str, Any]:
-    return {
-        "head_dim": rope.head_dim,
-        "rope_theta": rope.rope_theta,
-        "mrope_section": rope.mrope_section,
-    }
 
 
 class _Call:

@@ -15,9 +15,10 @@ from medmo_edge.errors import ArtifactError
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing, grid_thw, num_vision_tokens, patchify
 from medmo_edge.runtime import ort_native as native
+from medmo_edge.runtime.graph_inputs import vision_geometry
 from medmo_edge.runtime.model_facts import Facts
 from medmo_edge.runtime.ort_values import bind, decode_rows, number_of
-from medmo_edge.vision_inputs import VisionGeometry, vision_inputs
+from medmo_edge.vision_inputs import vision_inputs
 
 _INPUTS = {"pixel_values", "pos_idx", "pos_weight", "cos", "sin"}
 
@@ -30,7 +31,7 @@ class Vision:
     ) -> None:
         """Errors: ArtifactError when the graph is refused or the manifest lacks its sizes."""
         self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
-        self._facts, self._geometry = Facts.of(manifest), _geometry(manifest)
+        self._facts, self._geometry = Facts.of(manifest), vision_geometry(manifest)
         self._interrupt = interrupt
         path = manifest.path_of("vision")
         self._session = native.open_session(path, settings, interrupt)
@@ -79,13 +80,3 @@ class Vision:
             kept.append(array)
             bind(binding, name, array, element_type)
         return binding, kept
-
-
-def _geometry(manifest: Manifest) -> VisionGeometry:
-    try:
-        return VisionGeometry.from_manifest(manifest.model["vision"])
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ArtifactError(
-            f"{manifest.folder}: manifest.json lacks or garbles the sizes of the vision tower "
-            f"({error}): export again"
-        ) from error
