@@ -92,14 +92,7 @@ def load_base(path: str | Path, *, precision: Precision = "bfloat16", device: st
 
 
 def _load(opened: Checkpoint, precision: Precision, device: str) -> Base:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            "training needs torch and transformers: install medmo-edge[train]"
-        ) from error
-
+    torch, transformers = _libraries()
     transformers.utils.logging.disable_progress_bar()  # ours counts steps
     loader = transformers.Qwen3VLForConditionalGeneration
     try:
