@@ -16,7 +16,6 @@ import torch
 
 from medmo_edge.boxes import Box
 from medmo_edge.checkpoint import Checkpoint, open_checkpoint
-from medmo_edge.errors import SampleError
 from medmo_edge.prompts import user_message
 from medmo_edge.samples import Sample
 from medmo_edge.train.packing import IGNORE, Chat, Encoded, encode_sample, model_inputs, pack

@@ -31,6 +31,7 @@ from medmo_edge.train.rewards import REWARDS
 Module = Literal["vision", "merger", "language"]
 Kind = Literal["pretrain", "instruct", "rl"]
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
+Augment = Literal["none", "geometric"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +84,27 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """A JSONL file of samples; ``path`` is relative to the data folder, ``weight`` to the others.
+
+    ``tasks`` are the ones that are read, all when it is empty. ``augment`` "geometric" crops, flips
+    and transposes pictures whose texts name no side.
+    """
+
+    path: str
+    weight: float
+    tasks: tuple[str, ...]
+    augment: Augment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """One supervised stretch of training on ``samples`` samples, ``epochs`` times.
 
     ``rows`` samples a device and step, ``accumulation`` times. ``text_tokens`` and
-    ``answer_tokens`` are means per sample, the second within the first. ``lora_rank`` 0 trains the
-    modules in full. ``mixture`` weighs the tasks.
+    ``answer_tokens`` are means per sample, the second within the first. ``row_tokens`` is the
+    budget of one packed row: short samples share it, none may need more. ``lora_rank`` 0 trains
+    the modules in full. ``mixture`` weighs the tasks, and ``data`` the files that have each.
     """
 
     name: str
@@ -99,6 +115,7 @@ class Stage:
     max_pixels: int
     text_tokens: int
     answer_tokens: int
+    row_tokens: int
     trainable: tuple[Module, ...]
     lora_rank: int
     rows: int
@@ -108,6 +125,7 @@ class Stage:
     gradient_checkpointing: bool
     tuning: Tuning
     mixture: dict[str, float]
+    data: tuple[DataSource, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,9 +218,19 @@ def _check(recipe: StagedRecipe, document: Document) -> None:
     names = [stage.name for stage in recipe.stages]
     for index, stage in enumerate(recipe.stages):
         rules |= _stage_rules(stage, ("stages", index), stage.name not in names[:index])
-        tokens = stage.max_pixels // (PATCH * MERGE) ** 2 + stage.text_tokens
+        tokens = _sample_tokens(stage)
         rules[("stages", index, "text_tokens")] = fits(tokens, recipe.text)
+        rules[("stages", index, "row_tokens")] = (
+            f"row_tokens must be {tokens} (one sample of max_pixels and text_tokens) or more, and "
+            f"no more than max_positions {recipe.text.max_positions}",
+            tokens <= stage.row_tokens <= recipe.text.max_positions,
+        )
     require(rules, document)
+
+
+def _sample_tokens(stage: Stage) -> int:
+    """A sample with one picture of the largest size and a mean text."""
+    return stage.max_pixels // (PATCH * MERGE) ** 2 + stage.text_tokens
 
 
 def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_new_name: bool) -> Rules:
@@ -230,7 +258,19 @@ def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_new_name: bool) -
         ),
         (*path, "mixture"): _weights_rule("mixture", stage.mixture, TASKS),
     }
+    for index, source in enumerate(stage.data):
+        rules |= _source_rules(source, (*path, "data", index))
     return rules | (_rl_rules(stage, path) if isinstance(stage, RlStage) else {})
+
+
+def _source_rules(source: DataSource, path: tuple[str | int, ...]) -> Rules:
+    unknown = sorted(set(source.tasks) - set(TASKS))
+    hint = suggest(unknown[0], list(TASKS)) if unknown else ""
+    return {
+        (*path, "path"): ("path must name a JSONL file below the data folder", bool(source.path)),
+        (*path, "weight"): ("weight must be above 0", 0 < source.weight < float("inf")),
+        (*path, "tasks"): (f"tasks has unknown {unknown[:1]}{hint}", not unknown),
+    }
 
 
 def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
