@@ -74,7 +74,6 @@ def search(
     """
     record.check_belongs(checkpoint)
     text = checkpoint.config.text
-    columns: dict[str, Vector] = {}
     rows: dict[str, Vector] = {}
     choices: dict[str, Choice] = {}
     for layer in range(text.num_layers):
@@ -82,12 +81,22 @@ def search(
             choice, scale = _search_group(checkpoint, record, group, round_trip)
             choices[group.readers[0]] = choice
             if choice.exponent:
-                spread = _spread(scale, group.repeats, text.head_dim)
-                columns |= {f"{name}.weight": spread for name in group.readers}
                 rows[f"{group.maker}.weight"] = scale
         if progress:
             progress(layer + 1, text.num_layers)
-    return Scales(columns=columns, rows=rows, choices=choices)
+    return Scales(columns=columns_of(rows, text), rows=rows, choices=choices)
+
+
+def columns_of(rows: Mapping[str, Vector], text: TextConfig) -> dict[str, Vector]:
+    """The column scales that undo ``rows``: those of every matrix that reads what a row makes."""
+    columns: dict[str, Vector] = {}
+    for layer in range(text.num_layers):
+        for group in _groups(layer, text):
+            scale = rows.get(f"{group.maker}.weight")
+            if scale is not None:
+                spread = _spread(scale, group.repeats, text.head_dim)
+                columns |= {f"{name}.weight": spread for name in group.readers}
+    return columns
 
 
 def _groups(layer: int, text: TextConfig) -> Iterator[_Group]:

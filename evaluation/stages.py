@@ -136,7 +136,7 @@ def _not_measured(name: str, why: str) -> Stage:
 
 def _weights(measured: Measured, gates: Gates, own: Losses) -> Stage:
     if measured.weights is None:
-        note = "not compared: this format folds scales into the weights"
+        note = "not compared: the artifact does not say which scales were folded into its weights"
         return Stage(name="weights", verdict="pass", figures={}, note=note)
     tensors = measured.weights
     by_scale = max(tensors, key=lambda each: abs(each.scale - 1))

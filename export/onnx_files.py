@@ -22,6 +22,7 @@ from medmo_edge.export.onnx_linear import FLOAT, Encoding, Folding, GraphDtype, 
 from medmo_edge.export.onnx_vision import VisionPlan, build_vision
 
 DECODER_FILE, VISION_FILE, EMBEDDINGS_FILE = "decoder.onnx", "vision.onnx", "embed_tokens.npy"
+FOLDING_FILE, FOLDING_ROLE = "awq_scales.npz", "folding"
 ROLES = {
     VISION_FILE: "vision",
     f"{VISION_FILE}.data": "vision_data",
@@ -75,6 +76,11 @@ class OnnxPlan:
     decoder: Weights
     vision: Weights
     embedding_bytes: int
+
+    @property
+    def roles(self) -> Mapping[str, str]:
+        """The role of every file that is written."""
+        return {**ROLES, FOLDING_FILE: FOLDING_ROLE} if self.decoder.folding.rows else ROLES
 
     @property
     def data_bytes(self) -> int:
@@ -137,6 +143,8 @@ def write_onnx(
     _save(plan.decoder.graph, folder / DECODER_FILE, "language model", progress)
     _save(plan.vision.graph, folder / VISION_FILE, "vision tower", progress)
     _write_embeddings(checkpoint, folder / EMBEDDINGS_FILE, progress)
+    if plan.decoder.folding.rows:  # for verify alone: no runtime reads it
+        np.savez(folder / FOLDING_FILE, **dict(plan.decoder.folding.rows))  # type: ignore[arg-type]
     stored = checkpoint.tensors[_EMBEDDINGS].dtype
     return {
         "form": plan.form,

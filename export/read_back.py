@@ -3,20 +3,26 @@
 For ``medmo-edge verify``: a wrong scale or a swapped layer shows here with the tensor's name, also
 where its effect on one answer is below the noise of quantisation. The numbers are dequantised by
 the formats' own libraries or definitions, not by the code that wrote them; only which tensor
-belongs where is taken from the exporter. Scales folded into neighbours cannot be compared.
+belongs where is taken from the exporter. Scales that AWQ folded into neighbours come from the
+artifact's own file of them and are applied to the checkpoint first; those of a matrix's columns
+follow from those of the rows that make its input, so a folding that changes the function shows.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.calibration.awq import columns_of
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import ArtifactError
 from medmo_edge.evaluation.stages import WeightGap
 from medmo_edge.export.gguf_names import plan_tensors
+from medmo_edge.export.onnx_files import FOLDING_ROLE
+from medmo_edge.export.onnx_linear import Folding
 from medmo_edge.export.onnx_read import onnx_tensors
 from medmo_edge.manifest import Manifest
 
@@ -29,7 +35,8 @@ _BLOCK_BYTES = 64 << 20
 class Stored:
     """One tensor as an artifact holds it; ``rows(start, stop)`` in the layout of ``source``.
 
-    ``frame`` picks one temporal slice [D, C, T, h, w] -> [D, C, h, w] of the source.
+    ``frame`` picks one temporal slice [D, C, T, h, w] -> [D, C, h, w] of the source. Before it was
+    stored, ``columns`` multiplied the source's input channels and ``divisor`` divided its rows.
     """
 
     name: str
@@ -37,6 +44,8 @@ class Stored:
     stored_as: str
     rows: Callable[[int, int], Array]
     frame: int | None = None
+    columns: Array | None = None
+    divisor: Array | None = None
 
 
 def compare_weights(
@@ -49,9 +58,16 @@ def compare_weights(
     """
     if manifest.backend == "llamacpp":
         found = list(_gguf_tensors(manifest, checkpoint))
-    elif manifest.backend == "ort" and not _is_folded(manifest):
+    elif manifest.backend == "ort" and (folding := _folding(manifest, checkpoint)) is not None:
         found = [
-            Stored(name=each.name, source=each.name, stored_as=each.stored_as, rows=each.rows)
+            Stored(
+                name=each.name,
+                source=each.name,
+                stored_as=each.stored_as,
+                rows=each.rows,
+                columns=folding.columns.get(each.name),
+                divisor=folding.rows.get(each.name),
+            )
             for each in onnx_tensors(manifest)
             if each.name in checkpoint.tensors
         ]
@@ -64,9 +80,24 @@ def compare_weights(
     return gaps
 
 
-def _is_folded(manifest: Manifest) -> bool:
-    """AWQ moves scales between layers, and comes with a calibration record."""
-    return "int4" in manifest.target and manifest.calibration is not None
+def _folding(manifest: Manifest, checkpoint: Checkpoint) -> Folding | None:
+    """The scales that AWQ moved; none without a calibration record, None where they are unknown.
+
+    Errors: ArtifactError when the file of them is damaged or of another model.
+    """
+    if not any(record["role"] == FOLDING_ROLE for record in manifest.files.values()):
+        return None if "int4" in manifest.target and manifest.calibration else Folding()
+    path = manifest.path_of(FOLDING_ROLE)
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            rows = {name: np.asarray(held[name], np.float32) for name in held.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): copy the artifact again") from error
+    for name, scale in rows.items():
+        info = checkpoint.tensors.get(name)
+        if info is None or scale.shape != info.shape[:1] or not (scale > 0).all():
+            raise ArtifactError(f"{path} has no usable scales for {name}: export again")
+    return Folding(columns=columns_of(rows, checkpoint.config.text), rows=rows)
 
 
 def _fit(stored: Stored, checkpoint: Checkpoint) -> WeightGap:
@@ -95,8 +126,17 @@ def _blocks(stored: Stored, checkpoint: Checkpoint) -> Iterator[tuple[Array, Arr
         if stored.frame is not None:
             shape = checkpoint.tensors[stored.source].shape
             original = original.reshape(rows, *shape[1:])[:, :, stored.frame]
-        yield values.reshape(rows, -1), original.reshape(rows, -1)
+        yield values.reshape(rows, -1), _folded(stored, original.reshape(rows, -1), start)
         start += rows
+
+
+def _folded(stored: Stored, original: Array, start: int) -> Array:
+    """The checkpoint's rows from ``start`` on with the scales that were folded into them."""
+    if stored.columns is not None:
+        original = original * stored.columns
+    if stored.divisor is not None:
+        original = original / stored.divisor[start : start + len(original), None]
+    return original
 
 
 def _gguf_tensors(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Stored]:

@@ -17,7 +17,7 @@ from medmo_edge.calibration.imatrix import Imatrix, write_imatrix  # noqa: E402
 from medmo_edge.calibration.observe import calibrate  # noqa: E402
 from medmo_edge.calibration.record import Record, read_record  # noqa: E402
 from medmo_edge.checkpoint import open_checkpoint  # noqa: E402
-from medmo_edge.errors import CalibrationError, UsageError  # noqa: E402
+from medmo_edge.errors import ArtifactError, CalibrationError, UsageError  # noqa: E402
 from medmo_edge.export.export import export_checkpoint  # noqa: E402
 from medmo_edge.export.gguf_importance import importance_of  # noqa: E402
 from medmo_edge.export.onnx_calibrated import can_fold, round_trip  # noqa: E402
@@ -100,6 +100,39 @@ def test_onnx_int4_is_folded_by_the_record(record: Record, tmp_path: Path) -> No
     assert scale.max() > 1 > scale.min() > 0
     manifest = json.loads((tmp_path / "folded" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["calibration"]["sha256"] == record.sha256
+
+
+def test_folded_weights_are_compared_with_what_was_folded(record: Record, tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="exporting needs the export extra")
+    from medmo_edge.export.read_back import compare_weights
+
+    options: dict[str, Any] = {"calibration": record.path, "golden": False}
+    made = export_checkpoint("nano", "onnx-int4", tmp_path / "a", **options)
+    checkpoint = open_checkpoint("nano")
+
+    def gaps() -> dict[str, Any]:
+        found = compare_weights(made, checkpoint, lambda stage, done, total: None)
+        assert found is not None
+        return {gap.name: gap for gap in found}
+
+    healthy = gaps()
+    assert max(abs(gap.scale - 1) for gap in healthy.values()) < 0.02
+    assert max(gap.error for gap in healthy.values()) < 0.15
+    # Scales that do not belong to the weights: the maker and its reader are named.
+    path = made.path_of("folding")
+    with np.load(path) as held:
+        scales = {name: held[name] for name in held.files}
+    maker = next(name for name in scales if name.endswith("layers.1.mlp.up_proj.weight"))
+    np.savez(path, **scales | {maker: scales[maker] * 2})
+    wrong = gaps()
+    reader = maker.replace("up_proj", "down_proj")
+    assert wrong[maker].scale > 1.9 and wrong[reader].scale < 0.6
+    assert wrong.keys() == healthy.keys() and {
+        name for name, gap in wrong.items() if gap != healthy[name]
+    } == {maker, reader}
+    path.write_bytes(b"no archive")
+    with pytest.raises(ArtifactError, match="awq_scales.npz cannot be read"):
+        gaps()
 
 
 def test_a_folded_model_still_says_the_same(record: Record, tmp_path: Path) -> None:
