@@ -23,9 +23,9 @@ from medmo_edge.export.gguf_files import LANGUAGE_FILE, VISION_FILE, plan_gguf, 
 from medmo_edge.export.gguf_importance import importance_of
 from medmo_edge.export.licence import stated_licence
 from medmo_edge.export.onnx_calibrated import calibrated
-from medmo_edge.export.onnx_files import ROLES as ONNX_ROLES
 from medmo_edge.export.onnx_files import GraphOptions, find_recipe, plan_onnx, write_onnx
 from medmo_edge.export.targets import Target, find_target
+from medmo_edge.export.trt_files import plan_trt, write_trt
 from medmo_edge.manifest import (
     FileRecord,
     Manifest,
@@ -67,19 +67,23 @@ def export_checkpoint(
     *,
     imatrix: Path | None = None,
     calibration: Path | None = None,
+    cache_length: int | None = None,
     golden: bool = True,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export a checkpoint folder, or ``"nano"``, to the artifact folder ``output``.
 
     ``imatrix`` is an importance matrix file for targets that take one, ``calibration`` a
-    calibration record. ``golden`` adds the cases of the on-site self-test, for which the artifact
-    is loaded once and the checkpoint passed through once. ``progress`` receives (stage, bytes done,
-    bytes in all). Errors: UsageError, CheckpointError, CalibrationError, ExportError; on any of
-    them, and on Ctrl-C, nothing is left at or beside ``output``.
+    calibration record, ``cache_length`` the tokens of the longest conversation for targets that fix
+    it. ``golden`` adds the cases of the on-site self-test, for which the artifact is loaded once,
+    where it can run here, and the checkpoint passed through once. ``progress`` receives (stage,
+    bytes done, bytes in all). Errors: UsageError, CheckpointError, CalibrationError, ExportError;
+    on any of them, and on Ctrl-C, nothing is left at or beside ``output``.
     """
     row = find_target(target)
     _check_calibration(row, imatrix, calibration)
+    if cache_length is not None and row.format != "trt":
+        raise UsageError(f"{row.name} has no fixed cache: leave --cache-length out")
     report = progress or (lambda stage, done, total: None)
     started = time.monotonic()
     matrix = read_imatrix(imatrix) if imatrix else None
@@ -88,6 +92,8 @@ def export_checkpoint(
         if row.format == "gguf":
             matrix = importance_of(record, opened) if record else matrix
             job = _gguf_job(opened, row, staging, matrix, str(imatrix or calibration or ""))
+        elif row.format == "trt":
+            job = _trt_job(opened, row, staging, record, cache_length, report)
         else:
             job = _onnx_job(opened, row, staging, record, report)
         facts = _model_facts(opened)
@@ -149,8 +155,24 @@ def _onnx_job(
     plan = plan_onnx(checkpoint, recipe, options)
     return _Job(
         data_bytes=plan.data_bytes,
-        roles=ONNX_ROLES,
+        roles=plan.roles,
         write=lambda report: write_onnx(plan, checkpoint, folder, report),
+    )
+
+
+def _trt_job(
+    checkpoint: Checkpoint,
+    row: Target,
+    folder: Path,
+    record: Record | None,
+    capacity: int | None,
+    report: Progress,
+) -> _Job:
+    plan = plan_trt(checkpoint, row, record, capacity, report)
+    return _Job(
+        data_bytes=plan.graphs.data_bytes,
+        roles=plan.graphs.roles,
+        write=lambda report: write_trt(plan, checkpoint, folder, report),
     )
 
 
@@ -233,6 +255,11 @@ def _check_calibration(row: Target, imatrix: Path | None, calibration: Path | No
         raise UsageError(f"{row.name} is not changed by an importance matrix: leave --imatrix out")
     if calibration and not row.takes_record:
         raise UsageError(f"{row.name} is not changed by calibration: leave --calibration out")
+    if row.needs_calibration and calibration is None:
+        raise UsageError(
+            f"{row.name} takes its scales from a calibration record: make one with `medmo-edge "
+            "calibrate CHECKPOINT --samples FILE -o DIR` and give it as --calibration DIR"
+        )
 
 
 def _calibration_record(

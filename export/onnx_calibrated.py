@@ -14,7 +14,7 @@ from medmo_edge.calibration import awq
 from medmo_edge.calibration.record import Record
 from medmo_edge.calibration.scales import fp8_scales
 from medmo_edge.checkpoint import Checkpoint
-from medmo_edge.export.onnx_encode import encode_int4, encode_nbits
+from medmo_edge.export.onnx_encode import encode_int4, encode_nbits, encode_nvfp4, nvfp4_step
 from medmo_edge.export.onnx_files import GraphOptions, Progress, Recipe
 from medmo_edge.export.onnx_linear import Encoding, Folding
 
@@ -49,13 +49,15 @@ def calibrated(
 
 def can_fold(encoding: Encoding) -> bool:
     """Whether AWQ changes matrices of this encoding for the better: those of 4 bit."""
-    return encoding.kind == "int4" or (encoding.kind == "nbits" and encoding.bits == 4)
+    return encoding.kind in ("int4", "nvfp4") or (encoding.kind == "nbits" and encoding.bits == 4)
 
 
 def round_trip(rows: Rows, encoding: Encoding, dtype: np.dtype[Any]) -> Rows:
     """``rows`` [n, in] as they are read back from a 4-bit graph; unchanged where blocks misfit."""
     if not encoding.fits(rows.shape[1]):
         return rows
+    if encoding.kind == "nvfp4":
+        return _through_nvfp4(rows, encoding.block)
     if encoding.kind == "int4":
         codes, scales = encode_int4(rows, encoding.block, dtype)
     else:
@@ -64,4 +66,18 @@ def round_trip(rows: Rows, encoding: Encoding, dtype: np.dtype[Any]) -> Rows:
         codes = pairs.reshape(rows.shape).astype(np.int8) - np.int8(8)
     groups = codes.reshape(rows.shape[0], -1, encoding.block).astype(np.float32)
     wide: Rows = (groups * scales.astype(np.float32)[:, :, None]).reshape(rows.shape)
+    return wide
+
+
+def _through_nvfp4(rows: Rows, block: int) -> Rows:
+    """The scale of the whole matrix is taken from these rows: a power of two more or less changes
+    only the smallest block scales."""
+    import ml_dtypes
+
+    step = nvfp4_step(float(np.abs(rows).max()))
+    packed, scales = encode_nvfp4(rows, block, step)
+    bits = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(rows.shape)
+    codes = bits.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    factors = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * step
+    wide: Rows = (codes.reshape(len(rows), -1, block) * factors[:, :, None]).reshape(rows.shape)
     return wide

@@ -1,10 +1,11 @@
-"""Rows of weights as the numbers that graphs store: 16 bit, blocks of 8 or 4 bit, and fp8.
+"""Rows of weights as the numbers that graphs store: blocks of 8 or 4 bit, fp8 and nvfp4.
 
 Pure numpy on one block of rows [n, in] float32 at a time; every row is independent of the others.
 Which matrix gets which encoding is decided elsewhere. Scales are rounded to the type they are
 stored in before the codes are computed with them.
 Sources: ONNX Runtime, docs/ContribOperators.md (MatMulNBits); ONNX operators DequantizeLinear-21
-and QuantizeLinear-21; IEEE-like FLOAT8E4M3FN in the ONNX documentation, "Float stored in 8 bits".
+and QuantizeLinear-21; FLOAT8E4M3FN and FLOAT4E2M1 in the ONNX documentation, "Float stored in 8
+bits" and "Float stored in 4 bits"; two-level scales: NVIDIA, TensorRT documentation, NVFP4.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FP8_MAX = 448.0
+FP4_MAX = 6.0
 _INT4_MAX = 7.0
 _INT8_MAX = 127.0
 
@@ -63,6 +65,32 @@ def encode_fp8(rows: Rows, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint8], NDA
     scales = (np.abs(rows).max(axis=1) / np.float32(FP8_MAX)).astype(dtype)
     codes = np.clip(rows / _divisor(scales)[:, None], -FP8_MAX, FP8_MAX)
     return codes.astype(ml_dtypes.float8_e4m3fn).view(np.uint8), scales
+
+
+def nvfp4_step(largest: float) -> NDArray[np.float32]:
+    """The scale [] of a matrix's block scales, by its largest magnitude: a power of two.
+
+    So that block scale times step is exact in 16 bits and every builder reads the same weights.
+    """
+    exponent = np.ceil(np.log2(largest / (FP4_MAX * FP8_MAX))) if largest > 0 else 0
+    return np.asarray(2.0**exponent, np.float32)
+
+
+def encode_nvfp4(
+    rows: Rows, block: int, step: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Bits of FLOAT4E2M1, packed by two [n, in / 2], and of the block scales in FLOAT8E4M3FN
+    [n, in / block]; value = code * block scale * ``step``.
+    """
+    import ml_dtypes
+
+    groups = rows.reshape(rows.shape[0], -1, block)
+    largest = _reduce(np.maximum, np.abs(groups))
+    scales = (largest / np.float32(FP4_MAX) / step).astype(ml_dtypes.float8_e4m3fn)
+    divisor = _divisor(scales) * step
+    codes = np.clip(groups / divisor[:, :, None], -FP4_MAX, FP4_MAX)
+    bits = codes.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & np.uint8(0xF)
+    return _pack_nibbles(bits.reshape(rows.shape)), scales.view(np.uint8)
 
 
 def pack_int4(codes: NDArray[np.int8]) -> NDArray[np.uint8]:

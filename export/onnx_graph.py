@@ -25,7 +25,7 @@ CONTRIB = "com.microsoft"
 # The first intermediate representation that knows the operator set.
 _IR_VERSION = {21: 10, 23: 11, 24: 12}
 _BITS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "FLOAT8E4M3FN": 8, "INT8": 8, "UINT8": 8}
-_BITS |= {"INT4": 4, "INT32": 32, "INT64": 64}
+_BITS |= {"INT4": 4, "FLOAT4E2M1": 4, "INT32": 32, "INT64": 64}
 _BY_NUMPY = {"float32": "FLOAT", "float16": "FLOAT16", "int64": "INT64", "int32": "INT32"}
 
 Count = Callable[[int], None]

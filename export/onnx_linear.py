@@ -20,18 +20,22 @@ from medmo_edge.export.onnx_encode import (
     encode_int4,
     encode_int8,
     encode_nbits,
+    encode_nvfp4,
+    nvfp4_step,
     pack_int4,
 )
 from medmo_edge.export.onnx_graph import CONTRIB, Graph, Region, Weight
 
 GraphDtype = Literal["float32", "float16", "bfloat16"]
-Kind = Literal["float", "nbits", "dynamic", "int4", "fp8"]
+Kind = Literal["float", "nbits", "dynamic", "int4", "fp8", "nvfp4"]
 
 ELEMENT: dict[GraphDtype, str] = {
     "float32": "FLOAT",
     "float16": "FLOAT16",
     "bfloat16": "BFLOAT16",
 }
+#: the same as numbers of onnx.TensorProto.DataType
+NUMBER: dict[GraphDtype, int] = {"float32": 1, "float16": 10, "bfloat16": 16}
 # Float32 bytes held at once; encoders need a few times as much on top.
 _BLOCK_BYTES = 16 << 20
 # Columns of 4-bit values share bytes in pairs, so blocks start at even rows.
@@ -48,8 +52,8 @@ class Encoding:
 
     ``float``: in the graph's type. ``nbits``: MatMulNBits, ``bits`` 8 or 4 in blocks. ``dynamic``:
     int8 per output channel, activations to 8 bits at run time, scaled by the largest of the whole
-    input or, with ``per_token``, of each row. ``int4`` and ``fp8``: plain ONNX (DequantizeLinear);
-    fp8 activations need a scale from calibration.
+    input or, with ``per_token``, of each row. ``int4``, ``fp8`` and ``nvfp4``: plain ONNX
+    (DequantizeLinear); fp8 activations need a scale from calibration.
     """
 
     kind: Kind
@@ -296,10 +300,37 @@ def _int4(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) ->
     return weights.add_bias(weights.graph.add("MatMul", x, wide), bias)
 
 
+def _nvfp4(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
+    """Blocks of 4-bit floats along the rows [out, in], with scales in two levels."""
+    out, width = weights.matrix_shape(name)
+    block = encoding.block
+    codes = Weight(name=f"{name}.codes", dtype="FLOAT4E2M1", shape=(out, width))
+    scales = Weight(name=f"{name}.scales", dtype="FLOAT8E4M3FN", shape=(out, width // block))
+    step = Weight(name=f"{name}.step", dtype="FLOAT", shape=())
+
+    def fill(regions: Sequence[Region]) -> None:
+        largest = max(float(np.abs(rows).max()) for _, rows in weights.blocks(name))
+        found = nvfp4_step(largest)
+        for _, rows in weights.blocks(name):
+            for region, part in zip(regions[:2], encode_nvfp4(rows, block, found), strict=True):
+                region.append(part)
+        regions[2].append(found)
+
+    graph = weights.graph
+    graph.add_weights((codes, scales, step), fill)
+    wide_scales = graph.add("DequantizeLinear", scales.name, step.name)
+    if weights.dtype != "float32":
+        wide_scales = graph.add("Cast", wide_scales, to=NUMBER[weights.dtype])
+    wide = graph.add("DequantizeLinear", codes.name, wide_scales, axis=-1, block_size=block)
+    turned = graph.add("Transpose", wide, perm=[1, 0])
+    return weights.add_bias(graph.add("MatMul", x, turned), bias)
+
+
 _ENCODERS: dict[Kind, Callable[[Weights, str, str, Encoding, str], str]] = {
     "float": _float,
     "nbits": _nbits,
     "dynamic": _dynamic,
     "int4": _int4,
     "fp8": _fp8,
+    "nvfp4": _nvfp4,
 }

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.export.onnx_decoder import OPSETS, Form
 from medmo_edge.export.onnx_graph import CONTRIB, Graph
-from medmo_edge.export.onnx_linear import ELEMENT, FLOAT, Encoding, GraphDtype, Weights
+from medmo_edge.export.onnx_linear import ELEMENT, FLOAT, NUMBER, Encoding, GraphDtype, Weights
 from medmo_edge.model_config import VisionConfig
 
 _VISION = "model.visual."
 _EPSILON = 1e-6  # fixed in the architecture, not in config.json
-_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +123,7 @@ def _embed(build: _Build) -> str:
 def _to_graph_dtype(build: _Build, x: str) -> str:
     if build.plan.dtype == "float32":
         return x
-    to = {"float16": 10, "bfloat16": 16}[build.plan.dtype]
-    return build.graph.add("Cast", x, to=to)
+    return build.graph.add("Cast", x, to=NUMBER[build.plan.dtype])
 
 
 def _block(build: _Build, index: int, x: str, pending: str) -> tuple[str, str]:
@@ -210,7 +208,7 @@ def _plain_attention(build: _Build, parts: list[str]) -> str:
 
 
 def _to_float(build: _Build, x: str) -> str:
-    return x if build.plan.dtype == "float32" else build.graph.add("Cast", x, to=_FLOAT)
+    return x if build.plan.dtype == "float32" else build.graph.add("Cast", x, to=NUMBER["float32"])
 
 
 def _merge(build: _Build, x: str, name: str, *, norm_first: bool) -> str:

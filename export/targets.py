@@ -4,7 +4,8 @@ Only what can be exported now is listed. The table says what a target is; how it
 business of the modules named after its format.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
@@ -18,16 +19,18 @@ class Target:
     ``needs_calibration`` names what an export cannot do without, ``takes_imatrix`` and
     ``takes_record`` whether an importance matrix and a calibration record change the result,
     ``min_sm`` the oldest CUDA compute capability it runs on (None: any device, CPU included).
+    ``instead`` names the target for GPUs older than that, from which compute capability on.
     """
 
     name: str
     backend: str
-    format: Literal["gguf", "onnx"]
+    format: Literal["gguf", "onnx", "trt"]
     weights: str
     needs_calibration: str | None = None
     takes_imatrix: bool = False
     takes_record: bool = False
     min_sm: int | None = None
+    instead: Mapping[int, str] = field(default_factory=dict)
 
 
 def _gguf(weights: str, *, takes_imatrix: bool = False) -> Target:
@@ -51,6 +54,26 @@ def _onnx(weights: str, *, takes_record: bool = False) -> Target:
     )
 
 
+def _trt(
+    weights: str,
+    *,
+    min_sm: int,
+    needs_record: bool = False,
+    takes_record: bool = True,
+    instead: Mapping[int, str] | None = None,
+) -> Target:
+    return Target(
+        name=f"trt-{weights}",
+        backend="trt",
+        format="trt",
+        weights=weights,
+        needs_calibration="record" if needs_record else None,
+        takes_record=takes_record,
+        min_sm=min_sm,
+        instead=instead or {},
+    )
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -65,6 +88,11 @@ TARGETS: dict[str, Target] = {
         _onnx("fp16"),
         _onnx("int8"),
         _onnx("int4", takes_record=True),
+        _trt("bf16", min_sm=80, takes_record=False, instead={75: "trt-fp16"}),
+        _trt("fp16", min_sm=75),
+        _trt("fp8", min_sm=89, needs_record=True, instead={75: "trt-int4-awq"}),
+        _trt("int4-awq", min_sm=75, needs_record=True),
+        _trt("nvfp4", min_sm=100, instead={75: "trt-int4-awq", 89: "trt-fp8"}),
     )
 }
 

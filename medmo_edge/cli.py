@@ -138,6 +138,7 @@ def calibrate(checkpoint: str, output: Path, as_json: bool, **options: Any) -> N
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="Calibration record (see calibrate)."
 )
+@click.option("--cache-length", type=int, help="Tokens of the longest conversation, for trt-*.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def export(checkpoint: str, target: str, output: Path, as_json: bool, **options: Any) -> None:
     """Export CHECKPOINT to an artifact.
