@@ -27,9 +27,10 @@ import pydicom
 
 from medmo_edge.errors import MedmoError
 from medmo_edge.images import read_image
-from medmo_edge.runtime.node import Node, silence_libraries
+from medmo_edge.runtime.node import Node
 from medmo_edge.runtime.node_config import read_node_config
 from medmo_edge.runtime.node_log import NodeLog
+from medmo_edge.runtime.quiet import silence_libraries
 from medmo_edge.runtime.results import KINDS, ResultOptions
 from medmo_edge.runtime.session import load
 
@@ -192,7 +193,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     os.environ["MEDMO_EDGE_DICOM_IN_PROCESS"] = "1"
-    silence_libraries(NodeLog(io.StringIO()))
+    silence_libraries(lambda where, kind: None)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         files = fuzz_files(Path(name), options.minutes * 30, chance)

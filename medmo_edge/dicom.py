@@ -1,40 +1,38 @@
 """DICOM files in: the parent side of a child process that parses, decodes and renders one frame.
 
-The child (``medmo_edge.dicom_child``) gets the open file as standard input, a memory limit and a
-deadline; a decoder that crashes, hangs or eats memory costs one error line. Nothing of the file is
-parsed in this process, and pydicom is not imported here. One child per frame: about a third of a
-second, mostly imports. Where no child can be started (a frozen application, an embedded
-interpreter), set MEDMO_EDGE_DICOM_IN_PROCESS=1: the budgets then hold, the memory limit and the
-deadline do not.
+The child (``medmo_edge.dicom_child``) gets the open file, a memory limit and a deadline; a decoder
+that crashes, hangs or eats memory costs one error line. Nothing of the file is parsed in this
+process, and pydicom is not imported here. One child per frame, never two frames in one: a fresh
+interpreter takes a third of a second, mostly imports, a fork of a ``DecoderPool`` milliseconds.
+Where no child can be started (a frozen application, an embedded interpreter), set
+MEDMO_EDGE_DICOM_IN_PROCESS=1: the budgets then hold, the memory limit and the deadline do not.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.dicom_process import IN_PROCESS, Interpreter, Start
 from medmo_edge.dicom_square import resample
 from medmo_edge.errors import ImageError
 from medmo_edge.image_budgets import CHILD_WALL_FACTOR, check_pixels, child_seconds
 
-IN_PROCESS = "MEDMO_EDGE_DICOM_IN_PROCESS"
 MAX_ANSWER_LINE = 2**20
 
 WindowRequest = str | int | tuple[float, float] | None
 
 
 def read_dicom(
-    file: BinaryIO, frame: int, window: WindowRequest
+    file: BinaryIO, frame: int, window: WindowRequest, start: Start = Interpreter
 ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """(uint8 [H, W, 3], values for a Source) of frame ``frame`` of an open DICOM file.
 
-    Errors: ImageError.
+    ``start`` makes the process that decodes. Errors: ImageError.
     """
     request = json.dumps({"frame": frame, "window": _checked(window)})
     if os.environ.get(IN_PROCESS) == "1":
@@ -42,7 +40,7 @@ def read_dicom(
 
         reply, pixels = answer(file, request)
     else:
-        reply, pixels = _ask_child(file, request)
+        reply, pixels = _ask_child(start, file, request)
     if pixels is None:
         raise ImageError(reply["error"])
     source = reply["source"]
@@ -65,9 +63,11 @@ def _checked(window: object) -> object:
     raise ImageError(f"window {window!r} is no name, number or (center, width)")
 
 
-def _ask_child(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
+def _ask_child(
+    start: Start, file: BinaryIO, request: str
+) -> tuple[dict[str, Any], NDArray[np.uint8] | None]:
     seconds = child_seconds(os.fstat(file.fileno()).st_size)
-    child = _start_child(file, request, seconds)
+    child = start(file, request, seconds)
     late = threading.Event()
 
     def stop() -> None:
@@ -78,40 +78,16 @@ def _ask_child(file: BinaryIO, request: str) -> tuple[dict[str, Any], NDArray[np
     timer.daemon = True
     timer.start()
     try:
-        assert child.stdout is not None
-        with child.stdout as pipe:
+        with child.pipe as pipe:
             reply = _receive(pipe)
-        if reply is None:
-            child.wait()  # it has closed its end: the reason is in its exit code
+        # It has closed its end: the reason is in its exit code.
+        code = child.wait() if reply is None else 0
     finally:
         timer.cancel()
-        child.kill()
-        child.wait()
+        child.close()
     if reply is None:
-        raise ImageError(_ending(child.returncode, late.is_set(), seconds))
+        raise ImageError(_ending(code, late.is_set(), seconds))
     return reply
-
-
-def _start_child(file: BinaryIO, request: str, seconds: float) -> subprocess.Popen[bytes]:
-    if not sys.executable or getattr(sys, "frozen", False):
-        raise ImageError(f"no Python to start for decoding: set {IN_PROCESS}=1 to decode without")
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "medmo_edge.dicom_child", request, str(seconds)],
-            stdin=file,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # codecs write there what no user can use
-            env=_child_environment(),
-        )
-    except OSError as error:
-        raise ImageError(f"cannot start a process for decoding ({error})") from error
-
-
-def _child_environment() -> dict[str, str]:
-    """The child finds the modules this process finds, and its libraries start no threads."""
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, **threads, "PYTHONPATH": path}
 
 
 def _receive(pipe: IO[bytes]) -> tuple[dict[str, Any], NDArray[np.uint8] | None] | None:

@@ -26,14 +26,11 @@ def main() -> None:
     """Answer the request in ``sys.argv``: JSON, then the seconds of processor time."""
     limit_resources(float(sys.argv[2]))
     # A C library that prints must not write into the answer.
-    pipe = os.fdopen(os.dup(1), "wb", buffering=0)
+    pipe = os.dup(1)
     os.dup2(2, 1)
     with io.BufferedReader(io.FileIO(0, closefd=False), 2**16) as file:
         hide_modules(transfer_syntax(file)[0])
-        reply, pixels = answer(file, sys.argv[1])
-    _write(pipe, json.dumps(reply).encode() + b"\n")
-    if pixels is not None:
-        _write(pipe, pixels.data.cast("B"))
+        send(pipe, *answer(file, sys.argv[1]))
 
 
 def hide_modules(syntax: str) -> None:
@@ -47,10 +44,14 @@ def hide_modules(syntax: str) -> None:
         sys.modules[name] = None  # type: ignore[assignment]
 
 
-def _write(pipe: Any, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[pipe.write(view) :]
+def send(pipe: int, reply: dict[str, Any], pixels: NDArray[np.uint8] | None) -> None:
+    """Write an answer into the descriptor ``pipe``."""
+    parts = [memoryview(json.dumps(reply).encode() + b"\n")]
+    if pixels is not None:
+        parts.append(pixels.data.cast("B"))
+    for view in parts:
+        while view:
+            view = view[os.write(pipe, view) :]
 
 
 def limit_resources(seconds: float) -> None:

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medmo_edge.errors import ImageError, UsageError
 from medmo_edge.image_budgets import MAX_FILE_BYTES, check_pixels
+
+if TYPE_CHECKING:
+    from medmo_edge.dicom_pool import DecoderPool
 
 SNIFF_BYTES = 144
 MAX_MESSAGE = 1000
@@ -91,7 +94,13 @@ def as_rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(pixels, order="C", copy=True)
 
 
-def read_image(path: str | os.PathLike[str], frame: int = 0, window: WindowRequest = None) -> Frame:
+def read_image(
+    path: str | os.PathLike[str],
+    frame: int = 0,
+    window: WindowRequest = None,
+    *,
+    decoders: "DecoderPool | None" = None,
+) -> Frame:
     """Read one frame of a picture (PNG, JPEG, TIFF, BMP, WebP, GIF) or DICOM file.
 
     ``window`` chooses how stored values become grey levels and is accepted for grayscale DICOM and
@@ -99,7 +108,7 @@ def read_image(path: str | os.PathLike[str], frame: int = 0, window: WindowReque
     the defaults of ``medmo_edge.dicom_window``), an int the file's n-th from 0, (center, width) a
     LINEAR window in output units of the modality transformation (HU for CT), a str a CT preset
     ("lung", "bone", "brain", ...), the file's own name for one of its windows, or "auto": the range
-    of the frame.
+    of the frame. ``decoders`` makes many DICOM frames cheap; without, each starts an interpreter.
 
     Errors: ImageError, one line starting with the path, for everything that can be wrong with the
     file or the arguments.
@@ -109,7 +118,7 @@ def read_image(path: str | os.PathLike[str], frame: int = 0, window: WindowReque
         if frame < 0:
             raise ImageError(f"frame {frame} does not exist: frames count from 0")
         with _open_regular(name) as file:
-            return replace_path(_read(file, frame, window), name)
+            return replace_path(_read(file, frame, window, decoders), name)
     except ImageError as error:
         # Parts of a damaged file may be in the message: it stays one readable line all the same.
         raise ImageError(_printable(f"{name}: {error}")) from error.__cause__
@@ -136,15 +145,19 @@ def replace_path(frame: Frame, path: str) -> Frame:
     return Frame(frame.pixels, replace(frame.source, path=path))
 
 
-def _read(file: BufferedReader, frame: int, window: WindowRequest) -> Frame:
+def _read(
+    file: BufferedReader, frame: int, window: WindowRequest, decoders: "DecoderPool | None"
+) -> Frame:
     start = file.read(SNIFF_BYTES)
     kind = sniff(start)
     sha256 = _sha256(file)
     file.seek(0)
     if kind == "dicom":
         from medmo_edge.dicom import read_dicom
+        from medmo_edge.dicom_process import Interpreter
 
-        pixels, source = read_dicom(file, frame, window)
+        process = Interpreter if decoders is None else decoders.start
+        pixels, source = read_dicom(file, frame, window, process)
     else:
         from medmo_edge.pictures import read_picture
 

@@ -41,6 +41,7 @@ class Combined:
         settings = native.Settings(provider=native.CPU, threads=threads)
         self._tower: Vision | None = Vision(tower, settings, self._interrupt)
         self._factor = Preprocessing.from_dict(tower.preprocessing).factor
+        self.tower_manifest = tower
         self.device = f"{decoder.device}, vision tower of {tower.target}"
         self.max_cells = decoder.max_cells
 

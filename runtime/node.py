@@ -5,14 +5,14 @@ the same result UIDs. One model, one answer at a time. Research use only: result
 """
 
 import json
-import logging
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from medmo_edge.dicom_pool import DecoderPool
 from medmo_edge.errors import NodeError
+from medmo_edge.runtime.artifact_watch import ArtifactWatch
 from medmo_edge.runtime.node_config import NodeConfig, read_node_config
 from medmo_edge.runtime.node_log import NodeLog
 from medmo_edge.runtime.node_peers import client_tls
@@ -22,6 +22,7 @@ from medmo_edge.runtime.node_send import Sender
 from medmo_edge.runtime.node_spool import INCOMING, QUARANTINE, RESULTS, Spool
 from medmo_edge.runtime.node_status import format_status, node_status
 from medmo_edge.runtime.node_work import Worker
+from medmo_edge.runtime.quiet import silence_libraries
 from medmo_edge.runtime.results import check_dicom_extra
 from medmo_edge.runtime.session import Session, load
 
@@ -43,14 +44,14 @@ class Node:
         self._spool.lock()
         self._queue = Queue(self._spool.database)
         self._stopped = threading.Event()
-        self._worker = Worker(config, self._spool, self._queue, self.log, session)
+        self._watch = ArtifactWatch(session.manifests)
+        self._decoders = DecoderPool(1)
+        parts = config, self._spool, self._queue, self.log
+        self._worker = Worker(*parts, session, self._decoders, self._watch)
         self._senders = [
-            Sender(config, destination, self._spool, self._queue, self.log)
-            for destination in config.destinations.values()
+            Sender(config, destination, *parts[1:]) for destination in config.destinations.values()
         ]
-        self._receiver = Receiver(
-            config, self._spool, self._queue, self.log, received=self._worker.wake
-        )
+        self._receiver = Receiver(*parts, received=self._worker.wake, watch=self._watch)
         self._threads: list[threading.Thread] = []
 
     @property
@@ -61,6 +62,8 @@ class Node:
     def start(self) -> None:
         """Clean up after a crash, then work, send and listen. Errors: NodeError."""
         self._recover()
+        self._spool.note("")
+        self._decoders.warm()
         self._receiver.start()
         runs: list[Callable[[threading.Event], None]] = [self._worker.run, self._forget]
         runs += [sender.run for sender in self._senders]
@@ -80,6 +83,7 @@ class Node:
             sender.wake()
         for thread in self._threads:
             thread.join(_STOP_SECONDS)
+        self._decoders.close()
         self._queue.close()
         self._spool.unlock()
         self.log.event("stopped")
@@ -136,7 +140,7 @@ def run_node(artifact: str, config: NodeConfig, *, backend: str, threads: int | 
     """Load ``artifact`` and serve until interrupted. Errors: NodeError and those of ``load``."""
     check_libraries()
     log = NodeLog()
-    silence_libraries(log)
+    silence_libraries(lambda where, kind: log.event("lost", reason=kind, where=where))
     session = load(artifact, backend, threads=threads)
     try:
         node = Node(config, session, log)
@@ -191,21 +195,3 @@ def check_certificates(config: NodeConfig) -> None:
             raise NodeError(
                 f"[destinations.{name}.tls]: the PEM files cannot be used ({reason})"
             ) from error
-
-
-def silence_libraries(log: NodeLog) -> None:
-    """Their logs, warnings and tracebacks quote data sets: none of them is printed.
-
-    A thread of pynetdicom that a damaged message ends becomes one event without its text.
-    """
-
-    def thread_ended(details: threading.ExceptHookArgs) -> None:
-        log.event("thread_ended", reason=details.exc_type.__name__)
-
-    threading.excepthook = thread_ended
-    warnings.simplefilter("ignore")
-    for name in ("pydicom", "pynetdicom", "highdicom"):
-        logger = logging.getLogger(name)
-        logger.handlers = [logging.NullHandler()]
-        logger.propagate = False
-        logger.setLevel(logging.CRITICAL + 1)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from medmo_edge.errors import NodeError
+from medmo_edge.runtime.artifact_watch import ArtifactWatch
 from medmo_edge.runtime.node_config import NodeConfig
 from medmo_edge.runtime.node_log import NodeLog, hashed
 from medmo_edge.runtime.node_queue import Queue
@@ -68,13 +69,16 @@ class Receiver:
         spool: Spool,
         queue: Queue,
         log: NodeLog,
+        *,
         received: Callable[[], None],
+        watch: ArtifactWatch,
     ) -> None:
         self._config = config
         self._spool = spool
         self._queue = queue
         self._log = log
         self._received = received
+        self._watch = watch
         self._server: Any = None
         self._entity: Any = None
 
@@ -126,7 +130,7 @@ class Receiver:
     def _aborted(self, event: Any) -> None:
         self._log.event("aborted", calling=_calling(event))
 
-    def _store(self, event: Any) -> int:
+    def _store(self, event: Any) -> Any:
         """Status of one C-STORE; never an exception, never a word of the data set."""
         event.assoc.dul.socket.start_message()
         uid = str(event.request.AffectedSOPInstanceUID)
@@ -134,7 +138,7 @@ class Receiver:
         refusal = self._refusal()
         if refusal:
             self._log.event("refused", id=name, calling=calling, reason=refusal)
-            return OUT_OF_RESOURCES
+            return _refused(refusal)
         file = f"{uuid.uuid4().hex}.dcm"
         data = event.request.DataSet.getbuffer()
         try:
@@ -143,7 +147,7 @@ class Receiver:
         except (OSError, sqlite3.Error) as error:
             self._spool.remove(INCOMING, file)
             self._log.event("refused", id=name, calling=calling, reason=type(error).__name__)
-            return OUT_OF_RESOURCES
+            return _refused("disk_error")
         if verdict in ("duplicate", "own"):
             self._spool.remove(INCOMING, file)
         self._log.event("stored", id=name, calling=calling, bytes=len(data), verdict=verdict)
@@ -151,11 +155,23 @@ class Receiver:
         return SUCCESS
 
     def _refusal(self) -> str | None:
+        if self._watch.changed():
+            return "artifact_changed"
         if self._spool.free_bytes() < self._config.min_free_mb * 2**20:
             return "disk_nearly_full"
         if self._queue.waiting() >= self._config.max_waiting:
             return "queue_full"
         return None
+
+
+def _refused(reason: str) -> Any:
+    """Status A700 with the reason as Error Comment (0000,0902), for the sender's log."""
+    from pydicom import Dataset
+
+    status = Dataset()
+    status.Status = OUT_OF_RESOURCES
+    status.ErrorComment = reason.replace("_", " ")
+    return status
 
 
 def _calling(event: Any) -> str:

@@ -5,6 +5,7 @@ folder flushed too. Names are made here, never taken from a peer. The folder is 
 time and readable by its user only.
 """
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -17,6 +18,7 @@ from typing import IO
 from medmo_edge.errors import NodeError
 
 INCOMING, RESULTS, QUARANTINE = "incoming", "results", "quarantine"
+_NOTE = "attention.txt"
 Content = bytes | memoryview
 _LOCK_TRIES, _LOCK_PAUSE = 5, 0.1
 
@@ -122,6 +124,21 @@ class Spool:
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
+
+    def note(self, text: str) -> None:
+        """Leave one line for ``node status``; "" removes it. A full disk is no reason to fail."""
+        with contextlib.suppress(OSError):
+            if text:
+                (self.folder / _NOTE).write_text(f"{text}\n", encoding="utf-8")
+            else:
+                (self.folder / _NOTE).unlink(missing_ok=True)
+
+    def noted(self) -> str:
+        """The line that ``note`` left, or ""."""
+        try:
+            return (self.folder / _NOTE).read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
 
     def free_bytes(self) -> int:
         """Free space for this user."""

@@ -42,6 +42,7 @@ def _read(db: sqlite3.Connection, config: NodeConfig, spool: Spool) -> dict[str,
     )
     return {
         "running": spool.is_locked(),
+        "attention": spool.noted(),
         "ae_title": config.ae_title,
         "listens_on": f"{config.host}:{config.port}",
         "free_mb": spool.free_bytes() // 2**20,
@@ -83,6 +84,7 @@ def format_status(status: dict[str, Any]) -> str:
     lines = [
         f"node {status['ae_title']} on {status['listens_on']}: "
         + ("running" if status["running"] else "not running"),
+        *([f"attention: {status['attention']}"] if status["attention"] else []),
         f"instances: {states['waiting']} waiting, {states['answered']} answered, "
         f"{states['ignored']} without rule, {states['quarantined']} in quarantine",
     ]

@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from medmo_edge.dicom_pool import DecoderPool
 from medmo_edge.errors import MedmoError
 from medmo_edge.images import Frame, parse_window, read_image
+from medmo_edge.runtime.artifact_watch import CHANGED, ArtifactWatch
 from medmo_edge.runtime.generate import GenerationOptions
 from medmo_edge.runtime.node_config import NodeConfig, Rule
 from medmo_edge.runtime.node_log import NodeLog, hashed
@@ -46,13 +48,22 @@ class Worker:
     """Answers waiting instances with ``session``, in its own thread."""
 
     def __init__(
-        self, config: NodeConfig, spool: Spool, queue: Queue, log: NodeLog, session: Session
+        self,
+        config: NodeConfig,
+        spool: Spool,
+        queue: Queue,
+        log: NodeLog,
+        session: Session,
+        decoders: DecoderPool,
+        watch: ArtifactWatch,
     ) -> None:
         self._config = config
         self._spool = spool
         self._queue = queue
         self._log = log
         self._session = session
+        self._decoders = decoders
+        self._watch = watch
         self._wake = threading.Event()
 
     def wake(self) -> None:
@@ -62,6 +73,9 @@ class Worker:
     def run(self, stopped: threading.Event) -> None:
         """Answer until ``stopped``."""
         while not stopped.is_set():
+            if self._watch.changed():
+                self._halt(stopped)
+                return
             self._wake.clear()
             try:
                 instance = self._queue.begin(time.time())
@@ -73,6 +87,12 @@ class Worker:
                 self._wake.wait(_IDLE_SECONDS)
             else:
                 self._handle(instance, stopped)
+
+    def _halt(self, stopped: threading.Event) -> None:
+        """Answer nothing more: results would name an artifact that is no longer there."""
+        self._log.event("halted", reason="artifact_changed", advice="start_the_node_again")
+        self._spool.note(CHANGED.format("node"))
+        stopped.wait()
 
     def _handle(self, instance: Instance, stopped: threading.Event) -> None:
         start = time.monotonic()
@@ -90,7 +110,9 @@ class Worker:
         self._log.event(state, id=instance.uid, seconds=seconds)
 
     def _fail(self, instance: Instance, error: Exception, stopped: threading.Event) -> None:
-        if isinstance(error, Unanswerable):
+        if self._watch.changed():
+            self._postpone(instance, "artifact_changed", stopped)
+        elif isinstance(error, Unanswerable):
             self._set_aside(instance, error)
         elif _is_want(error):
             self._postpone(instance, type(error).__name__, stopped)
@@ -119,7 +141,7 @@ class Worker:
         if instance.attempts >= MAX_ATTEMPTS:
             raise Unanswerable(f"the node ended {MAX_ATTEMPTS} times while it answered this")
         path = self._spool.path(INCOMING, instance.file)
-        frame = _read(path)
+        frame = self._read(path)
         about = frame.source.dicom or {}
         if hashed(str(about.get("sop_instance_uid"))) != instance.uid:
             raise Unanswerable("it was sent under another UID than its data set has")
@@ -133,12 +155,14 @@ class Worker:
         if not rules:
             self._queue.ignored(instance.id, time.time())
             return "ignored"
+        if self._watch.changed():
+            raise Unanswerable("the artifact was changed during the answer")  # it is asked again
         self._queue.answered(instance.id, results, time.time())
         return "answered"
 
     def _apply(self, rule: Rule, path: Path, first: Frame) -> Iterator[Outgoing]:
         try:
-            frame = _frame_of(rule, path, first)
+            frame = self._frame_of(rule, path, first)
             check_sources([frame], rule.results)
             with self._session.study(frame) as study:
                 for number, question in enumerate(rule.questions):
@@ -146,6 +170,19 @@ class Worker:
         except MedmoError as error:
             _raise_want(error)
             raise Unanswerable(f"{type(error).__name__} in rule {rule.name}", str(error)) from error
+
+    def _read(self, path: Path, frame: int = 0, window: str = "") -> Frame:
+        try:
+            return read_image(path, frame, parse_window(window or None), decoders=self._decoders)
+        except MedmoError as error:
+            _raise_want(error)
+            raise Unanswerable("its picture cannot be read", str(error)) from error
+
+    def _frame_of(self, rule: Rule, path: Path, first: Frame) -> Frame:
+        number = first.source.num_frames // 2 if rule.frame == "middle" else rule.frame
+        if number == 0 and not rule.window:
+            return first
+        return self._read(path, number, rule.window)
 
     def _ask(
         self, rule: Rule, number: int, question: str, study: Study, frame: Frame
@@ -184,21 +221,6 @@ def _raise_want(error: BaseException) -> None:
     cause = error.__cause__
     if isinstance(cause, Exception) and _is_want(cause):
         raise cause
-
-
-def _read(path: Path, frame: int = 0, window: str = "") -> Frame:
-    try:
-        return read_image(path, frame, parse_window(window or None))
-    except MedmoError as error:
-        _raise_want(error)
-        raise Unanswerable("its picture cannot be read", str(error)) from error
-
-
-def _frame_of(rule: Rule, path: Path, first: Frame) -> Frame:
-    number = first.source.num_frames // 2 if rule.frame == "middle" else rule.frame
-    if number == 0 and not rule.window:
-        return first
-    return _read(path, number, rule.window)
 
 
 def _uid_of(content: bytes) -> str:

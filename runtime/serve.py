@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from medmo_edge.errors import UsageError
+from medmo_edge.runtime.quiet import silence_libraries
 from medmo_edge.runtime.session import load
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def serve(
             state = State(session, settings)
             try:
                 session.grammars.prepare()
+                state.reader.warm()
                 say(_greeting(address, listener, state, token if generated else None))
                 _run(build(state), listener, state)
             finally:
@@ -228,6 +230,7 @@ def _run(app: Any, listener: socket.socket, state: "State") -> None:
             state.engine.stop_soon()
 
     _log_to_stderr()
+    silence_libraries(state.metrics.lost)
     config = uvicorn.Config(
         app,
         log_config=None,

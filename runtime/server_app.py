@@ -221,7 +221,7 @@ async def _page(request: Request) -> Response:
 
 async def _health(request: Request) -> Response:
     state = state_of(request)
-    changed = state.changed()
+    changed = state.watch.changed()
     body = {"status": "artifact_changed" if changed else "ok", "version": __version__}
     return JSONResponse(body, 503 if changed else 200)
 

@@ -116,8 +116,12 @@ class Job:
 class Engine:
     """The queue and its thread; ``close`` lets the running answer end."""
 
-    def __init__(self, metrics: Metrics, *, max_waiting: int) -> None:
+    def __init__(
+        self, metrics: Metrics, *, max_waiting: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """``check``: raises a Problem when no answer may be given, before and after each."""
         self._metrics = metrics
+        self._check = check
         self._max_waiting = max_waiting
         self._lines: OrderedDict[str, deque[Job]] = OrderedDict()
         self._changed = threading.Condition()
@@ -203,8 +207,11 @@ class Engine:
             left = job.deadline - time.monotonic()
             if left <= 0:
                 raise _too_late(job.seconds)
+            self._check()
             with job.start(left, job.cancelled) as stream:
-                job.push(self._read(job, stream))
+                finished = self._read(job, stream)
+            self._check()
+            job.push(finished)
         except Problem as problem:
             job.push(problem)
         except MedmoError as error:

@@ -79,6 +79,11 @@ class Metrics:
         places = " < ".join(f"{_short(each.filename)}:{each.lineno}" for each in frames[::-1])
         LOG.error("unexpected %s at %s", type(error).__name__, places)
 
+    def lost(self, where: str, kind: str) -> None:
+        """An error of type ``kind`` that nobody caught, e.g. in a library's thread."""
+        self._bugs.inc()
+        LOG.error("unexpected %s in a %s", kind, where)
+
     def gauge(self, name: str, value: float) -> None:
         """Set a gauge."""
         self._gauges[name].set(value)

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import io
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from starlette.requests import Request
 
 from medmo_edge.images import Frame, replace_path
 from medmo_edge.manifest import Manifest
+from medmo_edge.runtime.artifact_watch import CHANGED, ArtifactWatch
 from medmo_edge.runtime.server_engine import Engine
 from medmo_edge.runtime.server_files import Reader, Spool, decode_data_url
 from medmo_edge.runtime.server_metrics import Metrics
@@ -49,10 +49,13 @@ class State:
         manifest = session.manifest
         self.session = session
         self.settings = settings
+        self.watch = ArtifactWatch(session.manifests)
         self.metrics = Metrics()
         self.spool = Spool()
         self.reader = Reader()
-        self.engine = Engine(self.metrics, max_waiting=settings.max_waiting)
+        self.engine = Engine(
+            self.metrics, max_waiting=settings.max_waiting, check=self.require_unchanged
+        )
         self.store = Store(
             self.spool,
             self.reader,
@@ -66,28 +69,20 @@ class State:
         self.fingerprint = f"{session.backend.name}-{manifest.sha256[:16] or 'none'}"
         self.special_ids = frozenset(session.tokenizer.special_ids.values())
         self.started = int(time.time())
-        self._seen = _facts(manifest)
 
     def token_bytes(self, id: int) -> bytes:
         """UTF-8 bytes of a token."""
         return self.session.tokenizer.token_bytes(id)
 
-    def changed(self) -> bool:
-        """Whether the artifact's files are no longer those that were loaded."""
-        return _facts(self.session.manifest) != self._seen
-
     def require_unchanged(self) -> None:
         """Errors: Problem 503: the answers' provenance would name another artifact."""
-        if self.changed():
-            raise Problem(
-                503,
-                "the artifact was changed on disk while it was served: start the server again",
-                "artifact_changed",
-            )
+        if self.watch.changed():
+            raise Problem(503, CHANGED.format("server"), "artifact_changed")
 
     def close(self) -> None:
         """End the running answer within the limit, then delete all files."""
         self.engine.close(self.settings.stop_seconds)
+        self.reader.close()
         self.spool.close()
 
 
@@ -143,19 +138,3 @@ def _model_name(manifest: Manifest) -> str:
         return "fake"
     name = str(manifest.checkpoint.get("name") or "model")
     return f"{Path(name).name}-{manifest.target}"
-
-
-def _facts(manifest: Manifest) -> tuple[tuple[int, int, int] | None, ...]:
-    """(inode, modification time, size) of the manifest and of every file."""
-    if not manifest.files:
-        return ()
-    names = ["manifest.json", *manifest.files]
-    return tuple(_stat(manifest.folder / name) for name in names)
-
-
-def _stat(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
