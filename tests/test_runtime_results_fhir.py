@@ -1,4 +1,8 @@
-"""FHIR results against the R4 definitions: required elements, types and bound codes by hand."""
+"""FHIR results against the R4 definitions: required elements, types and bound codes by hand.
+
+Also against the models of fhir.resources, which are generated from the published definitions. Its
+R4B differs from R4 in none of the resources here.
+"""
 
 import json
 import re
@@ -87,6 +91,15 @@ def _check_values(value: Any, urls: set[str]) -> None:
         _check_values(each, urls)
 
 
+def _check_by_models(bundle: dict[str, Any]) -> None:
+    """Every resource is accepted by its own model and comes out of it as it went in."""
+    models = pytest.importorskip("fhir.resources.R4B", reason="fhir.resources is not installed")
+    for value in (bundle, *(entry["resource"] for entry in bundle["entry"])):
+        model = models.get_fhir_model_class(value["resourceType"])
+        again = json.loads(model.model_validate(value).model_dump_json())
+        assert again == json.loads(json.dumps(value).replace('+00:00"', 'Z"'))  # the same moment
+
+
 def test_a_report_with_boxes(write_source: WriteSource, tmp_path: Path) -> None:
     path = write_source(
         "us-frames",
@@ -99,6 +112,7 @@ def test_a_report_with_boxes(write_source: WriteSource, tmp_path: Path) -> None:
     )
     bundle = _bundle(path, "nodule <box>[[0, 250, 500, 1000]]</box>", frame=1)
     _check(bundle)
+    _check_by_models(bundle)
     (report,) = _resources(bundle, "DiagnosticReport")
     assert report["status"] == "preliminary"
     assert report["conclusion"].startswith("RESEARCH USE ONLY - NOT FOR DIAGNOSIS. nodule")
@@ -127,10 +141,45 @@ def test_a_report_without_boxes(text: str, write_source: WriteSource, tmp_path: 
     path = write_source("dx", tmp_path / "source.dcm", PatientName="", PatientID="")
     bundle = _bundle(path, text)
     _check(bundle)
+    _check_by_models(bundle)
     assert not _resources(bundle, "Observation")
     (report,) = _resources(bundle, "DiagnosticReport")
     assert "result" not in report and (text or "(no text)") in report["conclusion"]
     assert _resources(bundle, "Patient") == [{"resourceType": "Patient", "gender": "other"}]
+
+
+KINDS = ("cr", "dx1", "ct", "mr", "us", "palette", "us-frames", "mr-frames")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_a_valid_report(
+    kind: str, write_source: WriteSource, tmp_path: Path
+) -> None:
+    bundle = _bundle(write_source(kind, tmp_path / "s.dcm"), "a <box>[[1, 2, 300, 400]]</box> b")
+    _check(bundle)
+    _check_by_models(bundle)
+
+
+@pytest.mark.parametrize(
+    ("resource", "element", "value"),
+    [
+        ("DiagnosticReport", "status", None),
+        ("Observation", "code", "nodule"),
+        ("Observation", "effectiveDateTime", "yesterday"),
+        ("ImagingStudy", "series", [{"uid": "1.2"}]),
+        ("Patient", "birthdate", "1970-01-31"),
+    ],
+)
+def test_the_models_find_what_is_wrong(
+    resource: str, element: str, value: Any, write_source: WriteSource, tmp_path: Path
+) -> None:
+    """The check above can fail."""
+    bundle = _bundle(write_source("ct", tmp_path / "s.dcm"), "a <box>[[1, 2, 300, 400]]</box>")
+    broken = _resources(bundle, resource)[0]
+    broken.pop(element, None)
+    broken |= {} if value is None else {element: value}
+    with pytest.raises(ValueError):
+        _check_by_models(bundle)
 
 
 def test_a_picture_belongs_to_no_patient(tmp_path: Path) -> None:
