@@ -8,8 +8,9 @@ without an error. It chooses no samples (``mixture``) and runs no model.
 Suffixes: L tokens, N patches of all pictures, P values of one patch, I pictures.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from medmo_edge.boxes import Coords, Geometry
 from medmo_edge.checkpoint import Checkpoint
 from medmo_edge.errors import ImageError, PromptError, SampleError
 from medmo_edge.evaluation.models import geometry_of
-from medmo_edge.images import Frame, read_image
+from medmo_edge.images import Frame, Source, read_image
 from medmo_edge.preprocess import (
     Preprocessing,
     grid_thw,
@@ -113,26 +114,52 @@ def encode_sample(
     ``source``:line for a picture that is missing, a box outside it, text with control tokens, no
     answer, or more than ``row_tokens`` tokens.
     """
-    where = f"{source}:{sample.line}" if source else f"sample {sample.id!r}"
-    try:
-        frames = [read_image(path) for path in sample.images] if frames is None else frames
-        geometries = tuple(geometry_of(frame, limits) for frame in frames)
-        _check_boxes(sample, geometries)
+    with named(sample, source):
+        shown = [read_image(path) for path in sample.images] if frames is None else frames
+    geometries = [geometry_of(frame, limits) for frame in shown]
+    outline = outline_sample(
+        sample,
+        geometries,
+        chat,
+        limits,
+        coords,
+        row_tokens=row_tokens,
+        source=source,
+        answered=answered,
+    )
+    return replace(outline, patches=see(shown, limits))
+
+
+def outline_sample(
+    sample: Sample,
+    geometries: Sequence[Geometry],
+    chat: Chat,
+    limits: Preprocessing,
+    coords: Coords,
+    *,
+    row_tokens: int | None = None,
+    source: Path | None = None,
+    answered: bool = True,
+) -> Encoded:
+    """``encode_sample`` without pixels, from the sizes of the pictures alone: no patches yet.
+
+    Errors: SampleError as there.
+    """
+    with named(sample, source):
+        check_boxes(sample, geometries)
         grids = tuple(grid_thw(g.resized_height, g.resized_width, limits) for g in geometries)
         counts = [num_vision_tokens(grid, limits) for grid in grids]
         answer = target_text(sample, geometries, coords) if answered else None
         ids, labels = _tokens(conversation(sample, answer), chat, counts)
         _check_length(len(ids), sum(counts), row_tokens)
-    except (ImageError, PromptError, SampleError) as error:
-        raise SampleError(f"{where}: {error}") from error
     positions, _ = mrope_positions(ids.tolist(), grids, chat.image_token, limits.merge_size)
     return Encoded(
         ids=ids,
-        labels=labels,
+        labels=labels if answered else np.full_like(ids, IGNORE),
         positions=positions,
-        patches=_patches(frames, limits),
+        patches=see((), limits),
         grids=grids,
-        geometries=geometries,
+        geometries=tuple(geometries),
         sample_id=sample.id,
         task=sample.task,
         tokens=len(ids),
@@ -141,9 +168,20 @@ def encode_sample(
     )
 
 
-def _check_boxes(sample: Sample, geometries: Sequence[Geometry]) -> None:
+@contextmanager
+def named(sample: Sample, source: Path | None) -> Iterator[None]:
+    """Whatever is wrong inside becomes a SampleError that says where the sample stands."""
+    where = f"{source}:{sample.line}" if source else f"sample {sample.id!r}"
+    try:
+        yield
+    except (ImageError, PromptError, SampleError) as error:
+        raise SampleError(f"{where}: {error}") from error
+
+
+def check_boxes(sample: Sample, sizes: Sequence[Geometry | Source]) -> None:
+    """Errors: SampleError when a box is not inside its picture; ``sizes`` has one per picture."""
     for box in sample.boxes:
-        size = geometries[box.image]
+        size = sizes[box.image]
         if box.x2 > size.width or box.y2 > size.height:
             raise SampleError(
                 f"box {list(box.xyxy)} reaches outside its image of {size.width} x {size.height} "
@@ -241,8 +279,8 @@ def _with_vision(text: str, counts: list[int]) -> str:
     return first
 
 
-def _patches(frames: Sequence[Frame], limits: Preprocessing) -> NDArray[np.float32]:
-    """Patches [N, P] of all frames; [0, P] without any."""
+def see(frames: Sequence[Frame], limits: Preprocessing) -> NDArray[np.float32]:
+    """Patches [N, P] of all frames in order; [0, P] without any."""
     if frames:
         return np.concatenate([patchify(resize(frame.pixels, limits), limits) for frame in frames])
     return np.zeros((0, 3 * limits.temporal_patch_size * limits.patch_size**2), np.float32)
@@ -258,7 +296,8 @@ def pack(encoded: Sequence[Encoded], dummy_image: bool = True) -> PackedRow:
 
     parts = list(encoded)
     if dummy_image and not any(one.grids for one in parts):
-        parts.append(_dummy(parts[0]))
+        first = parts[0]
+        parts.append(_dummy(first.image_token, first.merge_size, first.patches.shape[1]))
     labels = np.concatenate([_first_ignored(one.labels) for one in parts])
     counted = np.concatenate([np.arange(one.tokens) for one in parts])
     positions = np.concatenate([one.positions for one in parts], axis=1)
@@ -280,25 +319,30 @@ def pack(encoded: Sequence[Encoded], dummy_image: bool = True) -> PackedRow:
     )
 
 
+def idle_row(chat: Chat, limits: Preprocessing) -> PackedRow:
+    """A row without any sample, for a device that has none left: its summed loss is 0."""
+    merge, width = limits.merge_size, see((), limits).shape[1]
+    return replace(pack([_dummy(chat.image_token, merge, width)]), sample_ids=(), tokens=0)
+
+
 def _first_ignored(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """The shift would have a sample's first token predicted from the sample before it."""
     return np.concatenate([[IGNORE], labels[1:]]).astype(np.int64)
 
 
-def _dummy(like: Encoded) -> Encoded:
-    """A grey picture of one vision token that is a sample of its own."""
-    merge = like.merge_size
+def _dummy(image_token: int, merge: int, width: int) -> Encoded:
+    """A grey picture of one vision token that is a sample of its own; ``width`` is P."""
     return Encoded(
-        ids=np.array([like.image_token]),
+        ids=np.array([image_token]),
         labels=np.array([IGNORE]),
         positions=np.zeros((3, 1), np.int64),
-        patches=np.zeros((merge**2, like.patches.shape[1]), np.float32),
+        patches=np.zeros((merge**2, width), np.float32),
         grids=((1, merge, merge),),
         geometries=(),
         sample_id="",
         task="",
         tokens=1,
-        image_token=like.image_token,
+        image_token=image_token,
         merge_size=merge,
     )
 
