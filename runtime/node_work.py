@@ -111,11 +111,11 @@ class Worker:
 
     def _fail(self, instance: Instance, error: Exception, stopped: threading.Event) -> None:
         if self._watch.changed():
-            self._postpone(instance, "artifact_changed", stopped)
+            self._postpone(instance, "artifact_changed", stopped, 0)
         elif isinstance(error, Unanswerable):
             self._set_aside(instance, error)
         elif _is_want(error):
-            self._postpone(instance, type(error).__name__, stopped)
+            self._postpone(instance, type(error).__name__, stopped, POSTPONE_SECONDS)
         else:
             self._set_aside(instance, Unanswerable(type(error).__name__, repr(error)))
 
@@ -129,12 +129,14 @@ class Worker:
             return
         self._log.event("quarantined", id=instance.uid, reason=problem.reason)
 
-    def _postpone(self, instance: Instance, reason: str, stopped: threading.Event) -> None:
+    def _postpone(
+        self, instance: Instance, reason: str, stopped: threading.Event, seconds: float
+    ) -> None:
         self._log.event("postponed", id=instance.uid, reason=reason)
         try:
-            self._queue.postponed(instance.id, time.time() + POSTPONE_SECONDS, reason)
+            self._queue.postponed(instance.id, time.time() + seconds, reason)
         except sqlite3.Error:
-            stopped.wait(POSTPONE_SECONDS)
+            stopped.wait(seconds)
 
     def _answer(self, instance: Instance) -> str:
         """Answer one instance; the new state in a word."""

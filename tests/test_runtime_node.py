@@ -335,6 +335,49 @@ def test_a_disk_that_is_full_during_the_answer_postpones_it(
     assert bench.log.getvalue().count("postponed") == 2
 
 
+def test_an_artifact_that_is_swapped_halts_the_node_and_loses_nothing(
+    bench: Bench, write_source: WriteSource, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = bench.folder / "artifact"
+    shutil.copytree(tiny_artifact, artifact)
+    bench.configure(rule="max_new_tokens = 2")
+    node = bench.start(str(artifact))
+    plain = node._session.study
+
+    def swap(*frames: Any) -> Any:
+        (artifact / "manifest.json").rename(bench.folder / "old.json")
+        shutil.copy(bench.folder / "old.json", artifact / "manifest.json")
+        return plain(*frames)
+
+    monkeypatch.setattr(node._session, "study", swap)
+    assert bench.send(node, write_source("ct", bench.folder / "a.dcm", SOPInstanceUID="1.2.3")) == 0
+    until(lambda: " halted " in bench.log.getvalue())
+    status = node_status(bench.config)
+    assert status["instances"]["waiting"] == 1 and bench.counts()["unsent"] == 0
+    assert "attention: the artifact was changed on disk" in format_status(status)
+    refused = _store_status(node, write_source("ct", bench.folder / "b.dcm"))
+    assert refused.Status == 0xA700 and refused.ErrorComment == "artifact changed"
+    node.stop()
+    monkeypatch.undo()
+    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
+    bench.start(str(artifact))
+    until(lambda: bench.counts()["answered"] == 1)
+    assert node_status(bench.config)["attention"] == "" and bench.counts()["unsent"] == 4
+
+
+def _store_status(node: Node, path: Path) -> Any:
+    """What the node answers to a C-STORE, whole."""
+    from pynetdicom import AE
+
+    dataset = pydicom.dcmread(path)
+    entity = AE(ae_title="CT1")
+    entity.add_requested_context(dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID)
+    association = entity.associate("127.0.0.1", node.port, ae_title="MEDMO")
+    status = association.send_c_store(dataset)
+    association.release()
+    return status
+
+
 def test_hostile_peers_cost_one_connection(bench: Bench, write_source: WriteSource) -> None:
     bench.configure(node="max_instance_mb = 1\ntimeout_seconds = 2")
     node = bench.start()
