@@ -19,13 +19,13 @@ pytest.importorskip("transformers")
 import torch
 
 from medmo_edge.checkpoint import open_checkpoint
-from medmo_edge.errors import MedmoError, RecipeError, UsageError
+from medmo_edge.errors import CheckpointError, MedmoError, RecipeError, UsageError
 from medmo_edge.train.loop import learning_rate
 from medmo_edge.train.recipe import load_recipe
 from medmo_edge.train.run import train
 from medmo_edge.train.state import complete_steps, load_step
 
-RECIPE = load_recipe("smoke")
+RECIPE = load_recipe("smoke").only("pretrain")
 RUN = "import sys; from pathlib import Path; from medmo_edge.train.run import train; "
 
 
@@ -66,7 +66,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     threads = torch.get_num_threads()
     train("smoke", folder)
     torch.set_num_threads(threads)
-    return folder
+    return folder / "pretrain"
 
 
 def test_the_loss_falls(whole: Path) -> None:
@@ -78,14 +78,14 @@ def test_the_loss_falls(whole: Path) -> None:
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    process = start(folder)
+    folder = tmp_path / "killed" / "pretrain"
+    process = start(folder.parent)
     wait_for_step(process, folder, 6)
     process.kill()
     process.communicate()
     assert [step.name for step in complete_steps(folder)] == ["step-000004"]
     shutil.copytree(folder / "step-000004", folder / "step-000008.tmp")  # a kill while saving
-    train("smoke", folder, resume=True)
+    train("smoke", folder.parent, resume=True)
     assert {step: line["loss"] for step, line in log(folder).items()} == {
         step: line["loss"] for step, line in log(whole).items()
     }
@@ -95,8 +95,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole: Path, tmp_path: 
 
 
 def test_ctrl_c_saves_the_step_it_interrupts(tmp_path: Path) -> None:
-    folder = tmp_path / "stopped"
-    process = start(folder)
+    folder = tmp_path / "stopped" / "pretrain"
+    process = start(folder.parent)
     wait_for_step(process, folder, 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -146,6 +146,36 @@ def test_the_checkpoint_loads_in_transformers_with_the_same_logits(whole: Path) 
     assert limits["longest_edge"] == RECIPE.phases[-1].max_pixels
 
 
+def test_a_stage_starts_from_the_checkpoint_before_it(whole: Path) -> None:
+    instruct = load_recipe("smoke").only("instruct")
+    lines = log(whole.parent / "instruct")
+    assert sorted(lines) == list(range(1, instruct.num_steps + 1))
+    notes = json.loads((whole.parent / "instruct" / "checkpoint" / "medmo_edge.json").read_text())
+    assert notes["training"]["stage"] == "instruct"
+    # what three careful steps can change, against weights that start anew
+    name = "model.language_model.layers.0.mlp.gate_proj.weight"
+    with (
+        open_checkpoint(whole / "checkpoint") as before,
+        open_checkpoint(whole.parent / "instruct" / "checkpoint") as after,
+    ):
+        assert before.tokenizer_path.read_bytes() == after.tokenizer_path.read_bytes()
+        gap = np.abs(after.read(name) - before.read(name)).max()
+        assert 0 < gap < 0.1 * np.abs(before.read(name)).max()
+
+
+def test_a_stage_alone_needs_what_it_starts_from(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pretrain/checkpoint, which does not exist.*--base"):
+        train("smoke", tmp_path, stage="instruct")
+    with pytest.raises(UsageError, match="no stage 'rl': it has pretrain, instruct"):
+        train("smoke", tmp_path, stage="rl")
+    with pytest.raises(CheckpointError, match="next stage"):
+        train("smoke", tmp_path, stage="instruct", base=Path("medmo_edge/medmo-nano"))
+    found = train("smoke", tmp_path, stage="instruct", base=whole / "checkpoint")
+    assert found == tmp_path / "instruct" / "checkpoint"
+    with pytest.raises(UsageError, match="instruct is not empty"):
+        train("smoke", tmp_path, stage="instruct", base=whole / "checkpoint")
+
+
 def test_old_steps_are_removed_and_unfinished_ones_ignored(whole: Path, tmp_path: Path) -> None:
     assert [step.name for step in complete_steps(whole)] == ["step-000008", "step-000012"]
     (tmp_path / "step-000004").mkdir()
@@ -184,11 +214,11 @@ def test_missing_data_is_said_before_anything_is_written(
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
-    spec = RECIPE.optimizer
-    rates = [learning_rate(step, RECIPE.num_steps, spec) for step in range(RECIPE.num_steps + 1)]
-    assert rates[0] == pytest.approx(spec.learning_rate / 2)
-    assert max(rates) == rates[2] == pytest.approx(spec.learning_rate)
-    assert rates[-1] == pytest.approx(spec.learning_rate * spec.final_fraction)
+    peak = RECIPE.phases[0].learning_rate
+    rates = [learning_rate(step, RECIPE) for step in range(RECIPE.num_steps + 1)]
+    assert rates[0] == pytest.approx(peak / 2)
+    assert max(rates) == rates[2] == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(peak * RECIPE.optimizer.final_fraction)
     assert all(later <= earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
 
 

@@ -5,8 +5,10 @@ are ours. Loading a big checkpoint to fine-tune it is not done here.
 """
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medmo_edge.errors import CheckpointError, one_line
 from medmo_edge.train.recipe import MERGE, PATCH, TEMPORAL, Recipe
 from medmo_edge.train.vocabulary import SpecialIds
 
@@ -104,6 +106,22 @@ def build_model(recipe: Recipe, ids: SpecialIds) -> "Qwen3VLForConditionalGenera
     initialise(model, torch.Generator().manual_seed(recipe.seed))
     use_linear_patches(model)
     return model
+
+
+def load_weights(model: "Qwen3VLForConditionalGeneration", checkpoint: Path) -> None:
+    """Replace the starting values by a checkpoint's. Errors: CheckpointError when it differs."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = checkpoint / "model.safetensors"
+    try:
+        found = load_file(path)
+        found["lm_head.weight"] = found["model.language_model.embed_tokens.weight"]  # tied
+        model.load_state_dict(found)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} cannot start this recipe's next stage: {one_line(error)}"
+        ) from error
 
 
 def initialise(model: "Qwen3VLForConditionalGeneration", generator: "torch.Generator") -> None:

@@ -17,7 +17,7 @@ from medmo_edge.train.attention import additive
 from medmo_edge.train.auxiliary import Targets, dense_loss, dense_targets
 from medmo_edge.train.collator import Batch, Row, collate, encode_row, see
 from medmo_edge.train.questions import Turn, sample_turns
-from medmo_edge.train.recipe import MERGE, OptimizerSpec, Recipe
+from medmo_edge.train.recipe import MERGE, Phase, Recipe
 from medmo_edge.train.scenes import Scene, augment, chest_scene, vary_resolution
 from medmo_edge.train.vocabulary import SpecialIds
 from medmo_edge.train.writer import COORDS, processing
@@ -36,6 +36,7 @@ class Sampler:
 
     recipe: Recipe
     blood: Sequence[Scene]
+    radiology: Sequence[Scene]
     tokenizer: "Tokenizer"
     ids: SpecialIds
 
@@ -47,7 +48,7 @@ class Sampler:
 
     def _row(self, step: int, place: int, limits: Preprocessing) -> tuple[Row, Targets]:
         rng = np.random.default_rng([self.recipe.seed, step, place])
-        view = augment(self.scene(rng), rng)
+        view = augment(self.scene(rng, self.recipe.phase_at(step)), rng)
         picture = see(view.pixels, vary_resolution(limits, rng))
         turns = sample_turns(view, picture.geometry, COORDS, rng)
         row = encode_row(
@@ -61,10 +62,15 @@ class Sampler:
         _, height, width = picture.grid
         return row, dense_targets(view.boxes, picture.geometry, height // MERGE, width // MERGE)
 
-    def scene(self, rng: np.random.Generator) -> Scene:
+    def scene(self, rng: np.random.Generator, phase: Phase) -> Scene:
         """A training scene before augmentation."""
-        if self.blood and rng.random() < self.recipe.data.blood_share:
-            return self.blood[int(rng.integers(len(self.blood)))]
+        for scenes, share in (
+            (self.blood, phase.blood_share),
+            # the share of what the smears left over
+            (self.radiology, phase.radiology_share / max(1e-9, 1 - phase.blood_share)),
+        ):
+            if scenes and share and rng.random() < share:
+                return scenes[int(rng.integers(len(scenes)))]
         return chest_scene(int(rng.integers(self.recipe.data.phantoms)))
 
 
@@ -105,7 +111,7 @@ class Trainer:
         import torch
 
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(number, self.recipe.num_steps, self.recipe.optimizer)
+            group["lr"] = learning_rate(number, self.recipe)
         with torch.autocast("cpu", torch.bfloat16):
             answers, vision = self._forward(batch)
             outputs = self.head(vision)
@@ -169,24 +175,27 @@ def answer_loss(hidden: "torch.Tensor", lm_head: "torch.nn.Module", batch: Batch
 
 
 def build_optimizer(
-    modules: "Sequence[torch.nn.Module]", spec: OptimizerSpec
+    modules: "Sequence[torch.nn.Module]", recipe: Recipe
 ) -> "torch.optim.Optimizer":
     """AdamW with weight decay on matrices only."""
     import torch
 
+    spec = recipe.optimizer
     parameters = [p for module in modules for p in module.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     first, second = spec.betas
-    return torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(first, second), fused=True)
+    rate = recipe.phases[0].learning_rate
+    return torch.optim.AdamW(groups, lr=rate, betas=(first, second), fused=True)
 
 
-def learning_rate(step: int, num_steps: int, spec: OptimizerSpec) -> float:
-    """Linear warm-up, then a cosine to ``final_fraction`` of the peak."""
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to ``final_fraction`` of the peak; for one stage."""
+    spec, peak = recipe.optimizer, recipe.phase_at(step).learning_rate
     if step < spec.warmup_steps:
-        return spec.learning_rate * (step + 1) / spec.warmup_steps
-    part = (step - spec.warmup_steps) / max(1, num_steps - spec.warmup_steps)
+        return peak * (step + 1) / spec.warmup_steps
+    part = (step - spec.warmup_steps) / max(1, recipe.num_steps - spec.warmup_steps)
     wave = (1 + math.cos(math.pi * min(1.0, part))) / 2
-    return spec.learning_rate * (spec.final_fraction + (1 - spec.final_fraction) * wave)
+    return peak * (spec.final_fraction + (1 - spec.final_fraction) * wave)

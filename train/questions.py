@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medmo_edge.boxes import Coords, Geometry, render_boxes
+from medmo_edge.evaluation.cases import JUDGE_TAIL, OPEN_TAIL
 from medmo_edge.prompts import TASK_PROMPTS, locate_prompt
 from medmo_edge.train.scenes import Scene
 
@@ -121,17 +122,29 @@ ABNORMAL = (
 )
 MODALITY = ("What kind of image is this?", "What modality is this?", "What type of image is this?")
 CANONICAL = 0.4  # how often the plainest wording is used
+FORMAL = 0.4  # how often a given question ends as benchmarks end theirs
 
 
 def sample_turns(
     scene: Scene, geometry: Geometry, coords: Coords, rng: np.random.Generator
 ) -> Iterator[Turn]:
     """Questions about one view, the ones that matter most first; the caller takes what fits."""
+    if scene.kind == "radiology":
+        yield from (_given(scene.turns[i], rng) for i in rng.permutation(len(scene.turns)))
+        return
     plan = _BLOOD_PLAN if scene.kind == "blood" else _CHEST_PLAN
     asked = [task for task, chance in plan if rng.random() < chance]
     first, rest = asked[:1], asked[1:]
     for index in [0, *(1 + rng.permutation(len(rest)))] if first else []:
         yield asked[index](scene, geometry, coords, rng)
+
+
+def _given(turn: tuple[str, str], rng: np.random.Generator) -> Turn:
+    """A question that came with the picture, now and then with a benchmark's request for form."""
+    question, answer = turn
+    if rng.random() < FORMAL:
+        question += f"\n{JUDGE_TAIL if answer in ('Yes.', 'No.') else OPEN_TAIL}"
+    return Turn(question, answer)
 
 
 def _locate(target: Target) -> "Task":

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from medmo_edge.errors import RecipeError
 from medmo_edge.model_config import TextConfig, VisionConfig
@@ -57,17 +58,15 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSpec:
-    """What rows are drawn from: blood smears (a share in [0, 1]) and ``phantoms`` drawn once."""
+    """How many ``phantoms`` there are to draw from; other pictures come from the data folder."""
 
-    blood_share: float
     phantoms: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSpec:
-    """AdamW with linear warm-up and a cosine down to ``final_fraction`` of the peak rate."""
+    """AdamW with linear warm-up and a cosine down to ``final_fraction`` of a stage's peak rate."""
 
-    learning_rate: float
     betas: tuple[float, ...]
     weight_decay: float
     warmup_steps: int
@@ -86,8 +85,16 @@ class AuxiliarySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """A stretch of steps at one resolution; ``turn_tokens`` bounds a row without its picture."""
+    """A stretch of steps at one resolution; ``turn_tokens`` bounds a row without its picture.
 
+    ``blood_share`` and ``radiology_share`` of the rows are smears and VQA-RAD pictures, the rest
+    are phantoms. Phases of one ``stage`` share its peak ``learning_rate`` and its schedule.
+    """
+
+    stage: Literal["pretrain", "instruct"]
+    learning_rate: float
+    blood_share: float
+    radiology_share: float
     steps: int
     rows: int
     min_pixels: int
@@ -106,7 +113,10 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One whole run from nothing. Equal recipe, data and threads give the equal checkpoint."""
+    """One whole run from nothing. Equal recipe, data and threads give the equal checkpoint.
+
+    Phases belong to stages; a stage starts from the checkpoint of the one before it.
+    """
 
     name: str
     seed: int
@@ -125,6 +135,17 @@ class Recipe:
         """Optimiser steps of all phases."""
         return sum(phase.steps for phase in self.phases)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the stages, in their order."""
+        return tuple(dict.fromkeys(phase.stage for phase in self.phases))
+
+    def only(self, stage: str) -> "Recipe":
+        """The recipe of one of its stages alone, which draws pictures of its own."""
+        phases = tuple(phase for phase in self.phases if phase.stage == stage)
+        seed = self.seed + _SEEDS_APART * self.stages.index(stage)
+        return dataclasses.replace(self, seed=seed, phases=phases)
+
     def phase_at(self, step: int) -> Phase:
         """The phase that ``step`` (from 0) belongs to; the last one for any later step."""
         for phase in self.phases:
@@ -142,6 +163,7 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_SEEDS_APART = 1000
 # Fields of TextConfig that no [text] table says: they follow from the rest.
 _NOT_WRITTEN = ("rms_norm_eps", "tie_word_embeddings", "vocab_size")
 
@@ -198,10 +220,6 @@ def _check(recipe: Recipe, document: Document) -> None:
     data, phases = recipe.data, recipe.phases
     rules = size_rules(recipe.text, recipe.vision) | {
         ("phases",): ("phases must not be empty", bool(phases)),
-        ("data", "blood_share"): (
-            "blood_share must be in 0..1",
-            0 <= data.blood_share <= 1,
-        ),
         ("data", "phantoms"): ("phantoms must be at least 1", data.phantoms >= 1),
     }
     for index, phase in enumerate(phases):
@@ -209,6 +227,20 @@ def _check(recipe: Recipe, document: Document) -> None:
         rules[("phases", index)] = (
             "phases need steps, rows and one vision token of pixels",
             positive and token <= phase.min_pixels <= phase.max_pixels,
+        )
+        rules[("phases", index, "blood_share")] = (
+            "blood_share and radiology_share must be 0 or more, together at most 1",
+            min(shares := (phase.blood_share, phase.radiology_share)) >= 0 and sum(shares) <= 1,
+        )
+        before = phases[index - 1] if index else phase
+        rules[("phases", index, "stage")] = (
+            "pretrain must come before instruct",
+            (before.stage, phase.stage) != ("instruct", "pretrain"),
+        )
+        rules[("phases", index, "learning_rate")] = (
+            "phases of one stage need one learning_rate, above 0",
+            phase.learning_rate > 0
+            and (before.stage != phase.stage or before.learning_rate == phase.learning_rate),
         )
         tokens = phase.max_pixels // token + phase.turn_tokens
         rules[("phases", index, "max_pixels")] = fits(tokens, recipe.text)

@@ -1,8 +1,8 @@
-"""Run a recipe from beginning to end, or on from where it stopped.
+"""Run a recipe that starts from nothing, stage by stage, or go on where it stopped.
 
-The output folder holds ``step-*`` (resumable), ``log.jsonl`` (a line per step and per look at
-held-out pictures) and ``checkpoint`` (written at every look and at the end). One process, one
-machine.
+The output folder holds a folder per stage with ``step-*`` (resumable), ``log.jsonl`` (a line per
+step and per look at held-out pictures) and ``checkpoint`` (written at every look and at the end).
+One process, one machine.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from medmo_edge.errors import UsageError
-from medmo_edge.train.architecture import build_model
+from medmo_edge.train.architecture import build_model, load_weights
 from medmo_edge.train.attention import use_library, use_products
 from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.blood import read_blood
@@ -24,11 +24,12 @@ from medmo_edge.train.collator import Batch, see
 from medmo_edge.train.interrupt import stop_requests
 from medmo_edge.train.loop import Sampler, Trainer, ahead, build_optimizer
 from medmo_edge.train.questions import sample_turns
+from medmo_edge.train.radiology import read_radiology
 from medmo_edge.train.recipe import Recipe, load_recipe
 from medmo_edge.train.scenes import Scene, chest_scene
 from medmo_edge.train.state import load_step, save_step
 from medmo_edge.train.steps_bar import step_bar
-from medmo_edge.train.vocabulary import special_ids, train_tokenizer
+from medmo_edge.train.vocabulary import read_tokenizer, special_ids, train_tokenizer
 from medmo_edge.train.watch import Asker, look
 from medmo_edge.train.writer import COORDS, processing, write_checkpoint
 
@@ -42,38 +43,84 @@ def train(
     *,
     resume: bool = False,
     data: Path | None = None,
-    max_steps: int | None = None,
+    stage: str | None = None,
+    base: Path | None = None,
 ) -> Path:
-    """Train a packaged recipe ("nano", "smoke") or a TOML file; gives the checkpoint's folder.
+    """Train a packaged recipe ("nano", "smoke") or a TOML file; gives the last checkpoint's folder.
 
-    ``data`` holds ``bccd/`` (default: environment variable MEDMO_EDGE_DATA). ``max_steps`` stops
-    early, resumably. Ctrl-C finishes and saves the step, then raises KeyboardInterrupt. Errors:
-    RecipeError, SampleError, and UsageError when ``output`` is not empty and ``resume`` not set.
+    ``data`` holds ``bccd/`` and ``vqa-rad/`` (default: environment variable MEDMO_EDGE_DATA).
+    ``stage`` trains one stage alone, a later one from the checkpoint ``base`` (default: that of the
+    stage before it in ``output``). Ctrl-C finishes and saves the step, then raises
+    KeyboardInterrupt. Errors: RecipeError, SampleError, CheckpointError, and UsageError when
+    ``output`` is not empty and neither ``resume`` nor a later ``stage`` asked for.
     """
     import torch
 
     recipe = load_recipe(recipe_name)
-    if not resume and output.exists() and any(output.iterdir()):
-        raise UsageError(f"{output} is not empty: choose another folder, or go on with --resume")
-    blood, held_out = _read_data(recipe, data)
-    output.mkdir(parents=True, exist_ok=True)
+    stages = _chosen(recipe, stage)
+    target = output if stage is None else output / stage
+    if not resume and target.exists() and any(target.iterdir()):
+        raise UsageError(f"{target} is not empty: choose another folder, or go on with --resume")
+    start = base or _before(recipe, stages[0], output)
+    pictures = _read_data(recipe, data)
     torch.set_num_threads(recipe.threads)
-    run = Run.prepare(recipe, output, blood, held_out)
-    run.go(min(recipe.num_steps, max_steps or recipe.num_steps))
-    return run.write()
+    for name in stages:
+        run = Run.prepare(recipe.only(name), output / name, pictures, start)
+        run.go(run.recipe.num_steps)
+        start = run.write()
+    return output / stages[-1] / "checkpoint"
 
 
-def _read_data(recipe: Recipe, data: Path | None) -> tuple[list[Scene], list[Scene]]:
-    """Blood smears to train on and to look at; none when the recipe wants none."""
-    if recipe.data.blood_share == 0:
-        return [], []
-    if data is None and "MEDMO_EDGE_DATA" not in os.environ:
+def _chosen(recipe: Recipe, stage: str | None) -> tuple[str, ...]:
+    if stage is not None and stage not in recipe.stages:
+        known = ", ".join(recipe.stages)
+        raise UsageError(f"recipe {recipe.name} has no stage {stage!r}: it has {known}")
+    return recipe.stages if stage is None else (stage,)
+
+
+def _before(recipe: Recipe, stage: str, output: Path) -> Path | None:
+    """The checkpoint that ``stage`` starts from; None for the first."""
+    index = recipe.stages.index(stage)
+    if index == 0:
+        return None
+    folder = output / recipe.stages[index - 1] / "checkpoint"
+    if not folder.is_dir():
         raise UsageError(
-            f"recipe {recipe.name} needs blood smears: set MEDMO_EDGE_DATA or --data to the folder "
-            "that holds bccd/"
+            f"stage {stage} starts from {folder}, which does not exist: train the stage before it, "
+            "or name a checkpoint with --base"
+        )
+    return folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pictures:
+    """Real pictures of a run: those to learn from, and those only looked at."""
+
+    blood: list[Scene]
+    radiology: list[Scene]
+    blood_held_out: list[Scene]
+    radiology_held_out: list[Scene]
+
+
+def _read_data(recipe: Recipe, data: Path | None) -> Pictures:
+    """What the recipe's phases draw from; nothing is read that none of them wants."""
+    wants_blood = any(phase.blood_share for phase in recipe.phases)
+    wants_radiology = any(phase.radiology_share for phase in recipe.phases)
+    if not wants_blood and not wants_radiology:
+        return Pictures(blood=[], radiology=[], blood_held_out=[], radiology_held_out=[])
+    if data is None and "MEDMO_EDGE_DATA" not in os.environ:
+        names = " and ".join(["bccd/"] * wants_blood + ["vqa-rad/"] * wants_radiology)
+        raise UsageError(
+            f"recipe {recipe.name} needs pictures: set MEDMO_EDGE_DATA or --data to the folder "
+            f"that holds {names}"
         )
     folder = data or Path(os.environ["MEDMO_EDGE_DATA"])
-    return read_blood(folder, "train"), read_blood(folder, "val")
+    return Pictures(
+        blood=read_blood(folder, "train") if wants_blood else [],
+        radiology=read_radiology(folder, "train") if wants_radiology else [],
+        blood_held_out=read_blood(folder, "val") if wants_blood else [],
+        radiology_held_out=read_radiology(folder, "val") if wants_radiology else [],
+    )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,26 +131,40 @@ class Run:
     output: Path
     sampler: Sampler
     trainer: Trainer
-    blood_held_out: list[Scene]
+    pictures: Pictures
     step: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def prepare(
-        cls, recipe: Recipe, output: Path, blood: list[Scene], held_out: list[Scene]
-    ) -> "Run":
-        """A fresh run, or the newest saved step of ``output``."""
-        tokenizer = train_tokenizer(corpus(recipe, blood), recipe.tokenizer.bpe_size)
+    def prepare(cls, recipe: Recipe, output: Path, pictures: Pictures, base: Path | None) -> "Run":
+        """A fresh run of a recipe's one stage, or the newest saved step of ``output``.
+
+        ``base`` is the checkpoint whose weights and tokenizer it starts from, None for nothing.
+        """
+        if base is None:
+            texts = corpus(recipe, pictures.blood)
+            tokenizer = train_tokenizer(texts, recipe.tokenizer.bpe_size)
+        else:
+            tokenizer = read_tokenizer(base, recipe.tokenizer.vocab_size)
         ids = special_ids(tokenizer)
         model = build_model(recipe, ids)
+        if base is not None:
+            load_weights(model, base)
         head = build_head(recipe.text.hidden_size, recipe.seed)
-        optimizer = build_optimizer([model, head], recipe.optimizer)
+        optimizer = build_optimizer([model, head], recipe)
+        output.mkdir(parents=True, exist_ok=True)
         run = cls(
             recipe=recipe,
             output=output,
-            sampler=Sampler(recipe=recipe, blood=blood, tokenizer=tokenizer, ids=ids),
+            sampler=Sampler(
+                recipe=recipe,
+                blood=pictures.blood,
+                radiology=pictures.radiology,
+                tokenizer=tokenizer,
+                ids=ids,
+            ),
             trainer=Trainer(model=model, head=head, optimizer=optimizer, recipe=recipe),
-            blood_held_out=held_out,
+            pictures=pictures,
         )
         saved = load_step(output, recipe.sha256)
         if saved is not None:
@@ -145,7 +206,9 @@ class Run:
         count = self.recipe.rhythm.evaluation_phantoms
         chests = [chest_scene(HELD_OUT_SEED + i, (320, 320)) for i in range(count)]
         use_library(self.trainer.model)
-        self.figures = look(asker, self.blood_held_out, chests)
+        self.figures = look(
+            asker, self.pictures.blood_held_out, chests, self.pictures.radiology_held_out
+        )
         use_products(self.trainer.model)
         self._log(self.figures)
 
@@ -158,7 +221,12 @@ class Run:
             self.sampler.tokenizer,
             processing(self.recipe.phase_at(self.step - 1)),
             folder,
-            {"step": self.step, "of": self.recipe.num_steps, "recipe_sha256": self.recipe.sha256},
+            {
+                "stage": self.recipe.stages[0],
+                "step": self.step,
+                "of": self.recipe.num_steps,
+                "recipe_sha256": self.recipe.sha256,
+            },
         )
         return folder
 

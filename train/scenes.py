@@ -1,7 +1,7 @@
 """Scenes: a picture with its boxes and facts, and the random views of it that training sees.
 
 A view is a crop, flips and colours; boxes follow their objects and answers are written from them
-afterwards. Chest pictures are never turned or mirrored: left and right, up and down mean something.
+afterwards. Radiology is never turned or mirrored: left and right, up and down mean something.
 """
 
 import math
@@ -17,7 +17,7 @@ from medmo_edge.boxes import Box
 from medmo_edge.phantoms import draw
 from medmo_edge.preprocess import Preprocessing
 
-Kind = Literal["blood", "chest"]
+Kind = Literal["blood", "chest", "radiology"]
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
 
 KEEP = 0.4  # a box keeps its label when at least this part of it is inside the crop
@@ -29,12 +29,16 @@ PHANTOM_SIZES = ((288, 320), (320, 320), (256, 320), (320, 256), (384, 448), (22
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scene:
-    """pixels [H, W, 3] uint8, boxes in its pixels, and ``facts`` as ``phantoms`` states them."""
+    """pixels [H, W, 3] uint8, boxes in its pixels, and ``facts`` as ``phantoms`` states them.
+
+    ``turns`` are questions with their answers that came with the picture.
+    """
 
     kind: Kind
     pixels: NDArray[np.uint8]
     boxes: tuple[Box, ...]
     facts: Mapping[str, int | float | bool] = field(default_factory=dict)
+    turns: tuple[tuple[str, str], ...] = ()
 
     def count(self, label: str) -> int:
         """How many boxes carry ``label``."""
@@ -56,7 +60,7 @@ def chest_scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
 
 def augment(scene: Scene, rng: np.random.Generator) -> Scene:
     """A random view of ``scene``."""
-    if scene.kind == "chest":
+    if scene.kind != "blood":
         low = 0.85 if rng.random() < 0.6 else 1.0
         return recolour(crop(scene, _chest_window(scene, low, rng)), rng, tint=0.0)
     view = crop(scene, _blood_window(scene, rng))

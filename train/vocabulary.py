@@ -8,7 +8,10 @@ is for training from nothing.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from medmo_edge.errors import CheckpointError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -106,6 +109,26 @@ def train_tokenizer(texts: Iterable[str], bpe_size: int) -> "Tokenizer":
     added += [AddedToken(name, normalized=False, special=False) for name in PLAIN]
     tokenizer.add_tokens(added)
     return tokenizer
+
+
+def read_tokenizer(checkpoint: Path, rows: int) -> "Tokenizer":
+    """The tokenizer of a checkpoint folder, for an embedding table of ``rows``.
+
+    Errors: CheckpointError.
+    """
+    from tokenizers import Tokenizer
+
+    path = checkpoint / "tokenizer.json"
+    try:
+        found = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise CheckpointError(f"{path} cannot be read: {one_line(error)}") from error
+    if found.get_vocab_size() > rows:
+        raise CheckpointError(
+            f"{path} has {found.get_vocab_size()} tokens, the recipe's table {rows} rows: it "
+            "cannot start this recipe's next stage"
+        )
+    return found
 
 
 def special_ids(tokenizer: "Tokenizer") -> SpecialIds:

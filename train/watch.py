@@ -12,7 +12,7 @@ from medmo_edge.boxes import Coords, parse_boxes
 from medmo_edge.evaluation.scores import answer_score, box_score, match_image
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.train.collator import Picture, encode, prompt_text, question_text, see
-from medmo_edge.train.questions import EFFUSION, NODULE, WBC, yes_no
+from medmo_edge.train.questions import EFFUSION, NODULE, PLATELET, WBC, yes_no
 from medmo_edge.train.scenes import Scene
 from medmo_edge.train.vocabulary import SpecialIds
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import Qwen3VLForConditionalGeneration
 
 BATCH = 32
-BOX_TOKENS = 64  # enough for two boxes
+BOX_TOKENS = 112  # enough for four boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,16 @@ class Asker:
         ]
 
 
-def look(asker: Asker, blood: Sequence[Scene], chests: Sequence[Scene]) -> dict[str, float]:
+def look(
+    asker: Asker, blood: Sequence[Scene], chests: Sequence[Scene], radiology: Sequence[Scene]
+) -> dict[str, float]:
     """The figures of one moment: IoU of boxes, accuracy of yes and no."""
     training = asker.model.training
     asker.model.train(False)
     figures: dict[str, float] = {}
     if blood:
         figures["wbc_iou"] = _locate(asker, blood, "Locate the white blood cell.", WBC.label)
+        figures["platelet_iou"] = _locate(asker, blood, "Locate the platelets.", PLATELET.label)
     figures["nodule_iou"] = _locate(asker, chests, "Locate the nodule.", NODULE.label)
     figures["effusion_iou"] = _locate(asker, chests, "Locate the pleural effusion.", EFFUSION.label)
     for name, question, label in (
@@ -90,8 +93,19 @@ def look(asker: Asker, blood: Sequence[Scene], chests: Sequence[Scene]) -> dict[
     ):
         truth = [yes_no(scene.count(label) > 0) for scene in chests]
         figures[name] = answer_score(truth, asker.ask(chests, question, 8)).accuracy
+    if radiology:
+        figures["radiology_yes_no"] = _given_yes_no(asker, radiology)
     asker.model.train(training)
     return figures
+
+
+def _given_yes_no(asker: Asker, scenes: Sequence[Scene]) -> float:
+    """Accuracy on the yes-or-no questions that came with the pictures."""
+    asked = [
+        (scene, turn) for scene in scenes for turn in scene.turns if turn[1] in ("Yes.", "No.")
+    ]
+    told = [asker.ask([scene], turn[0], 8)[0] for scene, turn in asked]
+    return answer_score([turn[1] for _, turn in asked], told).accuracy
 
 
 def _locate(asker: Asker, scenes: Sequence[Scene], question: str, label: str) -> float:
