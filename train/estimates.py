@@ -270,7 +270,7 @@ def estimate_phase(recipe: Recipe, index: int) -> Estimate:
     )
     return Estimate(
         stage=f"phase {index + 1}",
-        kind="pretrain",
+        kind=phase.stage,
         parameters=counts,
         trained=counts,
         tokens_per_step=phase.rows * load.tokens,
