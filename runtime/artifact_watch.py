@@ -8,8 +8,10 @@ inode, modification time and size of every file, the manifest included; contents
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from medmo_edge.manifest import MANIFEST_NAME, Manifest
+from medmo_edge.runtime.session import Session
 
 CHANGED = "the artifact was changed on disk while it was served: start the {} again"
 
@@ -28,6 +30,12 @@ class ArtifactWatch:
         ]
         self._seen = self._facts()
         self._changed = False
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """A watch over every artifact at work, that of a vision tower beside it included."""
+        tower: Manifest | None = getattr(session.backend, "tower_manifest", None)
+        return cls((session.manifest,) if tower is None else (session.manifest, tower))
 
     def changed(self) -> bool:
         """Whether any file was replaced, rewritten or removed since."""

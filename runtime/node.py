@@ -44,7 +44,7 @@ class Node:
         self._spool.lock()
         self._queue = Queue(self._spool.database)
         self._stopped = threading.Event()
-        self._watch = ArtifactWatch(session.manifests)
+        self._watch = ArtifactWatch.of(session)
         self._decoders = DecoderPool(1)
         parts = config, self._spool, self._queue, self.log
         self._worker = Worker(*parts, session, self._decoders, self._watch)

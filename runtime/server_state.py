@@ -49,7 +49,7 @@ class State:
         manifest = session.manifest
         self.session = session
         self.settings = settings
-        self.watch = ArtifactWatch(session.manifests)
+        self.watch = ArtifactWatch.of(session)
         self.metrics = Metrics()
         self.spool = Spool()
         self.reader = Reader()

@@ -260,12 +260,6 @@ class Session:
         return self._backend
 
     @property
-    def manifests(self) -> tuple[Manifest, ...]:
-        """Every artifact at work: ``manifest``, and that of a vision tower beside it."""
-        tower: Manifest | None = getattr(self._backend, "tower_manifest", None)
-        return (self.manifest,) if tower is None else (self.manifest, tower)
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._chat.tokenizer

@@ -48,13 +48,19 @@ def test_any_changed_file_is_seen_and_not_forgotten(
 
 def test_the_fake_model_has_no_files() -> None:
     with load("fake:yes") as session:
-        assert not ArtifactWatch(session.manifests).changed()
+        assert not ArtifactWatch.of(session).changed()
 
 
-def test_a_vision_tower_beside_is_watched_too() -> None:
+def test_a_vision_tower_beside_is_watched_too(tiny_artifact: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    shutil.copytree(tiny_artifact, folder)
     with load("fake:yes") as session:
-        session._backend.tower_manifest = session.manifest  # type: ignore[attr-defined]
-        assert session.manifests == (session.manifest, session.manifest)
+        tower = read_manifest(folder, verify=False)
+        session._backend.tower_manifest = tower  # type: ignore[attr-defined]
+        watch = ArtifactWatch.of(session)
+        assert not watch.changed()
+        _rewrite(folder / "tokenizer.json")
+        assert watch.changed()
 
 
 def test_no_answer_that_was_written_during_the_change_is_given() -> None:
