@@ -17,22 +17,11 @@ from typing import Any, NoReturn
 import click
 
 from medmo_edge import __version__
+from medmo_edge.build_command import build
 from medmo_edge.errors import MedmoError
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = (
-    "samples",
-    "train",
-    "calibrate",
-    "export",
-    "verify",
-    "eval",
-    "ask",
-    "serve",
-    "node",
-    "doctor",
-    "demo",
-)
+_IN_ORDER = "samples train calibrate export build verify eval ask serve node doctor demo".split()
 
 
 class _RoadGroup(click.Group):
@@ -155,6 +144,9 @@ def export(checkpoint: str, target: str, output: Path, as_json: bool, **options:
         return
     total = sum(entry["bytes"] for entry in manifest.files.values())
     click.echo(f"artifact: {output}  {manifest.target}  {total / 1e6:.1f} MB")
+
+
+cli.add_command(build)
 
 
 @cli.command(name="eval")
