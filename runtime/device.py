@@ -106,6 +106,11 @@ def probe() -> Device:
     )
 
 
+def cpu_features() -> tuple[str, ...]:
+    """What the processor can do that a backend may care for; () where the system does not say."""
+    return _features(_text("/proc/cpuinfo"))
+
+
 def library_versions() -> dict[str, str | None]:
     """Installed versions of the libraries a runtime may use, without importing them."""
     versions: dict[str, str | None] = {}

@@ -9,8 +9,9 @@ import pytest
 
 from medmo_edge.manifest import read_manifest
 from medmo_edge.runtime import ort as ort_module
-from medmo_edge.runtime import ort_fit, ort_values
-from medmo_edge.runtime.device import probe
+from medmo_edge.runtime import ort_fit, ort_native, ort_values
+from medmo_edge.runtime.device import cpu_features, probe
+from medmo_edge.runtime.session import load
 
 pytest.importorskip("onnxruntime", reason="needs the cpu extra")
 
@@ -47,3 +48,37 @@ def test_memory_and_threads_by_size(tiny_artifacts: Tiny) -> None:
     assert ort_fit.max_cells(large, tight, "cpu", 99) == 99
     assert ort_module.unsuited(large, roomy) is None
     assert "are free: close programs" in str(ort_module.unsuited(large, tight))
+
+
+@pytest.mark.parametrize(
+    ("features", "exact"),
+    [
+        (("avx2", "fma", "avx512", "avx512_vnni"), True),
+        (("avx2", "fma", "avx_vnni"), True),
+        (("neon", "dotprod"), True),
+        (("avx2", "fma"), False),
+        (("avx2", "fma", "avx512"), False),
+        ((), False),  # the system does not say
+    ],
+)
+def test_the_slow_int8_kernels_are_for_processors_that_need_them(
+    features: tuple[str, ...], exact: bool
+) -> None:
+    assert ort_native.sums_int8_exactly(features) is exact
+
+
+def test_int8_means_the_same_with_slow_and_fast_kernels(
+    tiny_artifacts: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integer sums are exact in both, so that only their use as floats can differ."""
+    if not ort_native.sums_int8_exactly(cpu_features()):
+        pytest.skip("this processor has the slow kernels alone")
+    picture = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    found = []
+    for exact in (True, False):
+        monkeypatch.setattr(ort_native, "sums_int8_exactly", lambda features, exact=exact: exact)
+        with load(tiny_artifacts("onnx-int8"), verify=False, threads=1) as session:
+            features = session.backend.encode_image(picture)
+            found.append((features, session.backend.decode_tokens([1, 2, 3])))
+    for fast, slow in zip(*found, strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=0, atol=1e-5 * np.abs(slow).max())
