@@ -42,6 +42,7 @@ __all__ = [
     "REWARDS",
     "Case",
     "box_reward",
+    "case_of",
     "columns",
     "combine",
     "count_reward",
@@ -66,6 +67,7 @@ class Case:
     """One completion with what its sample says of the truth.
 
     ``boxes`` is None where the task is not to locate; ``target`` is a report's or caption's text.
+    Overlaps below ``iou_threshold`` earn nothing in the reward ``iou``.
     """
 
     text: str
@@ -76,6 +78,7 @@ class Case:
     answer: str | None = None
     choices: tuple[str, ...] = ()
     target: str | None = None
+    iou_threshold: float = 0.0
 
     @cached_property
     def parsed(self) -> Parsed:
@@ -101,6 +104,12 @@ def _box(case: Case) -> float | None:
     if case.boxes is None:
         return None
     return labelled_box_reward(case.claimed, case.boxes, sizes=case.sizes, floor=FLOOR)
+
+
+def _iou(case: Case) -> float | None:
+    if case.boxes is None:
+        return None
+    return iou_reward(case.claimed, case.boxes, threshold=case.iou_threshold)
 
 
 def _on_boxes(reward: Callable[[Sequence[Box], Sequence[Box]], float]) -> Reward:
@@ -147,7 +156,7 @@ def _findings(case: Case) -> float | None:
 
 REWARDS: dict[str, Reward] = {
     "box": _box,
-    "iou": _on_boxes(iou_reward),
+    "iou": _iou,
     "label": _on_boxes(label_reward),
     "count": _on_boxes(count_reward),
     "format": _format,
@@ -203,19 +212,34 @@ def combine(case: Case, weights: Mapping[str, float] | None = None) -> float | N
     return sum(weight * value for weight, value in known) / total if known else None
 
 
+def case_of(sample: Sample, geometries: Sequence[Geometry] = (), coords: Coords = COORDS) -> Case:
+    """What ``sample`` says of the truth, without a completion."""
+    texts = ("report", "caption")
+    return Case(
+        text="",
+        sample_id=sample.id,
+        boxes=sample.boxes if sample.task == "locate" else None,
+        geometries=tuple(geometries),
+        coords=coords,
+        answer=sample.answer,
+        choices=sample.choices,
+        target=target_text(sample) if sample.task in texts else None,
+    )
+
+
 def columns(
     sample: Sample, geometries: Sequence[Geometry] = (), coords: Coords = COORDS
 ) -> dict[str, Any]:
     """What a data set row must carry so that ``trl_reward`` can judge it: plain JSON values."""
-    texts = ("report", "caption")
+    case = case_of(sample, geometries, coords)
     return {
-        "sample_id": sample.id,
-        "boxes": [*map(_box_values, sample.boxes)] if sample.task == "locate" else None,
+        "sample_id": case.sample_id,
+        "boxes": None if case.boxes is None else [*map(_box_values, case.boxes)],
         "geometries": [_geometry_values(geometry) for geometry in geometries],
         "coords": coords,
-        "answer": sample.answer,
-        "choices": list(sample.choices),
-        "target": target_text(sample) if sample.task in texts else None,
+        "answer": case.answer,
+        "choices": list(case.choices),
+        "target": case.target,
     }
 
 

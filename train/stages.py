@@ -84,6 +84,23 @@ class Objective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Curriculum:
+    """The overlap below which a box earns nothing in the reward ``iou``, loose to strict.
+
+    It goes from ``iou_from`` to ``iou_to`` in the first part ``until`` (0..1) of the stage's steps.
+    """
+
+    iou_from: float
+    iou_to: float
+    until: float
+
+    def threshold(self, progress: float) -> float:
+        """The smallest overlap that counts when the part ``progress`` of all steps is done."""
+        done = min(1.0, progress / self.until)
+        return self.iou_from + (self.iou_to - self.iou_from) * done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
     """A JSONL file of samples; ``path`` is relative to the data folder, ``weight`` to the others.
 
@@ -135,6 +152,7 @@ class RlStage(Stage):
     rollouts: Rollouts
     objective: Objective
     rewards: dict[str, float]
+    curriculum: Curriculum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +292,7 @@ def _source_rules(source: DataSource, path: tuple[str | int, ...]) -> Rules:
 
 
 def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
-    rollouts, objective = stage.rollouts, stage.objective
+    rollouts, objective, curriculum = stage.rollouts, stage.objective, stage.curriculum
     asked = stage.text_tokens - stage.answer_tokens
     prompt = stage.max_pixels // (PATCH * MERGE) ** 2 + asked
     return {
@@ -290,6 +308,12 @@ def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
         (*path, "rollouts"): (
             "rows * accumulation must be a multiple of num_generations",
             is_multiple(stage.rows * stage.accumulation, rollouts.num_generations),
+        ),
+        (*path, "curriculum"): (
+            "iou_from and iou_to must be in 0..1, and until above 0 and at most 1",
+            0 <= min(curriculum.iou_from, curriculum.iou_to)
+            and max(curriculum.iou_from, curriculum.iou_to) < 1
+            and 0 < curriculum.until <= 1,
         ),
         (*path, "objective", "epsilon_high"): (
             "epsilon must be above 0 and epsilon_high no less",
