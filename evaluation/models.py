@@ -94,17 +94,19 @@ def open_model(
 ) -> Model:
     """Open an artifact folder, ``fake:TEXT``, a checkpoint folder or ``nano``.
 
-    ``backend`` and ``max_context`` are for artifacts, ``dtype`` ("float32", "bfloat16") and
-    ``device`` (a torch device) for checkpoints. Errors: ArtifactError, CheckpointError,
-    BackendUnavailable, UsageError (the train extra is missing, or memory is short).
+    ``backend`` and ``max_context`` are for artifacts (see ``emulated`` for those of TensorRT),
+    ``dtype`` ("float32", "bfloat16") and ``device`` (a torch device) for checkpoints. Errors:
+    ArtifactError, CheckpointError, BackendUnavailable, UsageError (the train extra is missing, or
+    memory is short).
     """
     if is_checkpoint(model):
         from medmo_edge.evaluation.transformers_model import TransformersModel
 
         return TransformersModel(model, dtype=dtype, device=device, threads=threads)
-    from medmo_edge.runtime.session import load
+    from medmo_edge.evaluation.emulated import open_session
 
-    return SessionModel(load(model, backend, threads=threads, max_context=max_context))
+    session = open_session(model, backend, threads=threads, max_context=max_context)
+    return SessionModel(session)
 
 
 def is_checkpoint(model: str | Path) -> bool:

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.errors import ArtifactError
+from medmo_edge.export.onnx_narrow import PACKED, fp8_rows, int4_rows, nvfp4_rows
 from medmo_edge.manifest import Manifest
 
 Array = NDArray[np.float32]
-_CODES, _SCALES = ".codes", ".scales"
+_CODES, _SCALES, _STEP = ".codes", ".scales", ".step"
 _DTYPES = {
     "FLOAT": "float32",
     "FLOAT16": "float16",
@@ -61,10 +62,13 @@ def _graph_tensors(path: Path) -> Iterator[OnnxTensor]:
     users = {name: node for node in graph.node for name in node.input}
     held = {each.name: each for each in graph.initializer if each.external_data}
     for name, tensor in held.items():
-        if name.endswith(_SCALES):
+        if name.endswith((_SCALES, _STEP)):
             continue
         if name.endswith(_CODES):
             source = name.removesuffix(_CODES)
+            if _kind(tensor) in PACKED:
+                yield _widened(path, source, held)
+                continue
             scales = _mapped(path, held[source + _SCALES])
             codes = _mapped(path, tensor)
             if codes.dtype == np.int8:
@@ -75,21 +79,39 @@ def _graph_tensors(path: Path) -> Iterator[OnnxTensor]:
             yield _plain(name, users.get(name), _mapped(path, tensor))
 
 
-def _mapped(path: Path, tensor: Any) -> NDArray[Any]:
-    """The external data of one initializer."""
+def _kind(tensor: Any) -> str:
     import onnx
 
+    return str(onnx.TensorProto.DataType.Name(tensor.data_type))
+
+
+def _mapped(path: Path, tensor: Any) -> NDArray[Any]:
+    """The external data of one initializer; codes of a type numpy lacks as bytes."""
     where = {entry.key: entry.value for entry in tensor.external_data}
-    kind = onnx.TensorProto.DataType.Name(tensor.data_type)
-    if kind not in _DTYPES:
+    kind = _kind(tensor)
+    if kind not in _DTYPES and kind not in PACKED:
         raise ArtifactError(f"{path}: {tensor.name} holds {kind}, which cannot be compared")
+    *outer, width = tuple(tensor.dims) or (1,)
     return np.memmap(
         path.parent / where["location"],
-        dtype=_DTYPES[kind],
+        dtype=_DTYPES.get(kind, "uint8"),
         mode="r",
         offset=int(where.get("offset", 0)),
-        shape=tuple(tensor.dims),
+        shape=(*outer, width // PACKED.get(kind, 1)),
     )
+
+
+def _widened(path: Path, name: str, held: dict[str, Any]) -> OnnxTensor:
+    """A matrix that DequantizeLinear widens."""
+    tensor, scales = held[name + _CODES], _mapped(path, held[name + _SCALES])
+    kind, codes = _kind(tensor), _mapped(path, tensor)
+    if kind == "FLOAT4E2M1":
+        step = float(_mapped(path, held[name + _STEP])[0])
+        return OnnxTensor(name=name, stored_as="nvfp4", rows=nvfp4_rows(codes, scales, step))
+    if kind == "INT4":
+        label = f"4 bits, blocks of {codes.shape[0] // scales.shape[0]}"
+        return OnnxTensor(name=name, stored_as=label, rows=int4_rows(codes, _floats(scales)))
+    return OnnxTensor(name=name, stored_as="fp8", rows=fp8_rows(codes, _floats(scales)))
 
 
 def _plain(name: str, user: Any, values: NDArray[Any]) -> OnnxTensor:

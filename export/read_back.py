@@ -29,6 +29,7 @@ from medmo_edge.manifest import Manifest
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 _BLOCK_BYTES = 64 << 20
+_ONNX = ("ort", "trt")  # backends whose artifacts are graphs of ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ def compare_weights(
     """
     if manifest.backend == "llamacpp":
         found = list(_gguf_tensors(manifest, checkpoint))
-    elif manifest.backend == "ort" and (folding := _folding(manifest, checkpoint)) is not None:
+    elif manifest.backend in _ONNX and (folding := _folding(manifest, checkpoint)) is not None:
         found = [
             Stored(
                 name=each.name,

@@ -22,6 +22,7 @@ from medmo_edge import __version__
 from medmo_edge.checkpoint import Checkpoint, open_checkpoint
 from medmo_edge.errors import UsageError
 from medmo_edge.evaluation.certificate import Circumstances, make_run, write_certificate
+from medmo_edge.evaluation.emulated import open_session
 from medmo_edge.evaluation.gates import Gates, read_gates
 from medmo_edge.evaluation.measure import Bench, Record, Side, measure_all
 from medmo_edge.evaluation.reference import Reference, open_reference
@@ -39,13 +40,13 @@ from medmo_edge.runtime.certified import (
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.observe import Observer
 from medmo_edge.runtime.self_test import format_self_test, self_test
-from medmo_edge.runtime.session import Session, load
+from medmo_edge.runtime.session import Session
 from medmo_edge.samples import Sample
 from medmo_edge.tokenizer import same_tokenizer
 
 Progress = Callable[[str, int, int], None]
 UNQUANTISED = ("full", "half")  # classes of gates
-_BASES = {"gguf": "gguf-f16", "onnx": "onnx-fp32"}
+_BASES = {"gguf": "gguf-f16", "onnx": "onnx-fp32", "trt": "trt-bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,7 +222,7 @@ def _export_base(task: Task, manifest: Manifest, stack: ExitStack, progress: Pro
 
 @contextmanager
 def _session(task: Task, folder: Path) -> Iterator[Session]:
-    with load(folder, task.backend, threads=task.threads) as session:
+    with open_session(folder, task.backend, threads=task.threads) as session:
         yield session
 
 

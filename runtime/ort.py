@@ -87,6 +87,8 @@ class Ort:
         place: fit.Place,
         threads: int,
         max_context: int | None,
+        *,
+        optimise: bool = True,
     ) -> None:
         self._interrupt = native.Interrupt()
         self._facts = Facts.of(manifest)
@@ -95,7 +97,7 @@ class Ort:
         self._table: NDArray[Any] | None = open_table(manifest, self._facts)
         self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
         provider = native.CUDA if place == "cuda" else native.CPU
-        settings = native.Settings(provider=provider, threads=threads)
+        settings = native.Settings(provider=provider, threads=threads, optimise=optimise)
         self._decoder: Decoder | None = Decoder(
             manifest,
             settings,

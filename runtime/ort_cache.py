@@ -44,7 +44,9 @@ class KvCache:
             return library.OrtValue.ortvalue_from_shape_and_type(
                 shape, self._number.element_type, "cuda", 0
             )
-        array = np.empty(shape, self._number.storage)
+        # Zeros, which cost nothing until they are used: where attention is masked rather than cut,
+        # what lies behind the end is multiplied by 0, and must not be NaN.
+        array = np.zeros(shape, self._number.storage)
         self._arrays.append(array)
         return self._number.wrap(array)
 

@@ -147,20 +147,41 @@ def test_a_folded_model_still_says_the_same(record: Record, tmp_path: Path) -> N
         assert session.ask(picture, "What kind of image is this?").text == "Chest radiograph."
 
 
-@pytest.mark.parametrize("kind", ["nbits", "int4"])
+@pytest.mark.parametrize("kind", ["nbits", "int4", "nvfp4"])
 def test_what_the_search_rounds_is_what_the_graph_stores(kind: Any) -> None:
-    encoding = Encoding(kind=kind, bits=4, block=32)
+    """Candidates by hand: the search may take any, but none that is worse than all of them."""
+    encoding = Encoding(kind=kind, bits=4, block=16)
     rows = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
     found = round_trip(rows, encoding, np.dtype(np.float32))
-    for row, stored in zip(rows.reshape(-1, 32), found.reshape(-1, 32), strict=True):
-        extreme = row[np.abs(row).argmax()]
-        step = extreme / -8 if kind == "nbits" else np.abs(extreme) / 7
-        wanted = np.clip(np.round(row / step), -8, 7) * step
-        np.testing.assert_allclose(stored, wanted, rtol=1e-6, atol=1e-7)
+    for row, stored in zip(rows.reshape(-1, 16), found.reshape(-1, 16), strict=True):
+        tries = rounded_by_hand(kind, row, rows)
+        best = min(tries, key=lambda each: float(np.sum((each - row) ** 2)))
+        np.testing.assert_allclose(stored, best, rtol=1e-6, atol=1e-7)
+
+
+def rounded_by_hand(kind: str, row: NDArray[Any], rows: NDArray[Any]) -> list[NDArray[Any]]:
+    """Every way in which an encoding may store a block."""
+    largest = np.abs(row).max()
+    if kind == "nbits":
+        step = row[np.abs(row).argmax()] / -8
+        return [np.clip(np.round(row / step), -8, 7) * step]
+    if kind == "int4":
+        steps = [largest * part / 7 for part in (1, 0.9, 0.8)]
+        return [np.clip(np.round(row / step), -8, 7) * step for step in steps]
+    grid = np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    unit = 2.0 ** np.ceil(np.log2(np.abs(rows).max() / (6 * 448)))
+    tries = []
+    for top in (6, 4):
+        # Three bits of mantissa: eighths of the power of two below.
+        power = 2.0 ** np.floor(np.log2(largest / top / unit))
+        step = np.round(largest / top / unit / power * 8) / 8 * power * unit
+        tries.append(grid[np.abs(grid - (row / step)[:, None]).argmin(axis=1)] * step)
+    return tries
 
 
 def test_only_four_bits_are_folded() -> None:
     assert can_fold(NBITS) and can_fold(Encoding(kind="int4", block=128))
+    assert can_fold(Encoding(kind="nvfp4", block=16)) and not can_fold(Encoding(kind="fp8"))
     assert not can_fold(Encoding(kind="nbits", bits=8, block=32))
     odd: NDArray[np.float32] = np.ones((2, 33), np.float32)
     assert round_trip(odd, NBITS, np.dtype(np.float32)) is odd
