@@ -1,5 +1,10 @@
-"""Ctrl-C as a request: the step in progress is finished first, a second one stops at once."""
+"""Ctrl-C and SIGTERM as requests: the step in progress is finished and saved first.
 
+A second Ctrl-C stops at once. Under a launcher of several processes it does not: the terminal and
+the launcher both pass the first one on, and the launcher itself kills what does not stop.
+"""
+
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,19 +14,23 @@ from types import FrameType
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Give an event that the first SIGINT sets; outside the main thread nothing is caught."""
+    """Give an event that the first signal sets; outside the main thread nothing is caught."""
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield requested
         return
-    before = signal.getsignal(signal.SIGINT)
+    launched = "RANK" in os.environ  # by torchrun
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def request(number: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(signal.SIGINT, before)
+        if number == signal.SIGINT and not launched:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    signal.signal(signal.SIGINT, request)
+    for number in before:
+        signal.signal(number, request)
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

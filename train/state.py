@@ -1,12 +1,16 @@
 """Saved steps of a run: atomic folders, so that a kill at any moment leaves a step that resumes.
 
-``step-N`` holds model, head, optimiser and recipe hash; it is written beside, synced, renamed, and
-marked COMPLETE last. Random numbers need no saving: every row draws from its own step and place.
+``step-N`` is filled beside, synced, and renamed when everything, the file COMPLETE included, is in
+it: a folder of that name is whole. What is in it is the trainer's affair. Random numbers need no
+saving: whatever is drawn is drawn from its own step and place.
 """
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +19,109 @@ from medmo_edge.errors import UsageError
 MARK = "COMPLETE"
 KEEP = 2  # the newest steps; older ones are removed
 
+_NAME = re.compile(r"step-\d{6,}")
+
 
 def save_step(output: Path, step: int, recipe_sha256: str, tensors: dict[str, Any]) -> None:
     """Write ``tensors`` (state dicts by name) as the state before ``step``."""
     import torch
 
-    folder = output / f"step-{step:06d}"
-    staging = output / f"step-{step:06d}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    with (staging / "state.pt").open("wb") as file:
+    mark = {"step": step, "recipe_sha256": recipe_sha256}
+    with new_step(output, step, mark) as folder, (folder / "state.pt").open("wb") as file:
         torch.save(tensors, file)
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    mark = json.dumps({"step": step, "recipe_sha256": recipe_sha256})
-    (folder / MARK).write_text(mark, encoding="utf-8")
-    for old in complete_steps(output)[:-KEEP]:
+
+
+@contextmanager
+def new_step(
+    output: Path,
+    step: int,
+    mark: Mapping[str, Any],
+    *,
+    leads: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
+    """Give the folder to write into; it becomes ``step-N`` when the block ends without an error.
+
+    In several processes all enter, one of them ``leads``, and ``wait`` returns when all have
+    called it. ``mark`` is kept in COMPLETE. Errors: OSError; nothing is left behind then.
+    """
+    folder, staging = output / f"step-{step:06d}", output / f".step-{step:06d}.tmp"
+    if leads:
+        for left in output.glob(".step-*.tmp"):  # of processes that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        staging.mkdir(parents=True)
+    wait()
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    wait()
+    if leads:
+        _finish(staging, folder, mark)
+    wait()
+
+
+def _finish(staging: Path, folder: Path, mark: Mapping[str, Any]) -> None:
+    try:
+        (staging / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(staging, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for old in complete_steps(folder.parent)[:-KEEP]:
         shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Return when the file or folder is on the disk: a power cut could lose a name before."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def complete_steps(output: Path) -> list[Path]:
     """The resumable steps of a run, oldest first."""
-    return sorted(path.parent for path in output.glob(f"step-*/{MARK}"))
+    found = [mark.parent for mark in output.glob(f"step-*/{MARK}")]
+    return sorted(
+        (path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:])
+    )
 
 
-def load_step(output: Path, recipe_sha256: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest complete step and its state dicts, None when there is none.
+def newest_step(output: Path, recipe_sha256: str) -> tuple[dict[str, Any], Path] | None:
+    """The mark and the folder of the newest complete step, None when there is none.
 
     Errors: UsageError when it belongs to another recipe.
     """
-    import torch
-
     steps = complete_steps(output)
     if not steps:
         return None
-    mark = json.loads((steps[-1] / MARK).read_text(encoding="utf-8"))
+    mark: dict[str, Any] = json.loads((steps[-1] / MARK).read_text(encoding="utf-8"))
     if mark["recipe_sha256"] != recipe_sha256:
         raise UsageError(
             f"{steps[-1]} was trained with another recipe: resume with that one, or start in an "
             "empty folder"
         )
-    state = torch.load(steps[-1] / "state.pt", map_location="cpu", weights_only=True)
+    return mark, steps[-1]
+
+
+def load_step(output: Path, recipe_sha256: str) -> tuple[int, dict[str, Any]] | None:
+    """The newest step that ``save_step`` wrote and its state dicts, None when there is none.
+
+    Errors: UsageError when it belongs to another recipe.
+    """
+    import torch
+
+    found = newest_step(output, recipe_sha256)
+    if found is None:
+        return None
+    mark, folder = found
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     return int(mark["step"]), state
