@@ -27,6 +27,7 @@ from medmo_edge.runtime.device import Device
 
 #: name -> module, in order of preference
 BACKENDS: dict[str, str] = {
+    "trt": "medmo_edge.runtime.trt",
     "ort": "medmo_edge.runtime.ort",
     "llamacpp": "medmo_edge.runtime.llamacpp",
     "fake": "medmo_edge.runtime.fake",

@@ -1,8 +1,9 @@
 """Which of several artifacts, on which backend: one order, with a reason for every one refused.
 
 An artifact that carries a passing certificate for where it would run goes before one that does not;
-then ``ORDER`` decides, which is a plain table: a new backend or target is a new row. On a GPU wide
-weights come first, since every target is fast enough there. On a CPU what decodes fastest comes
+then ``ORDER`` decides, which is a plain table: a new backend or target is a new row. On a GPU
+TensorRT comes first where an engine was built, and wide weights before narrow ones, since every
+target is fast enough there. On a CPU what decodes fastest comes
 first: mostly the fewest bytes per token; benchmarks/decode_speed.py compares the first two rows.
 Nothing is measured here.
 """
@@ -35,6 +36,11 @@ class Row:
 
 #: best first
 ORDER: tuple[Row, ...] = (
+    Row("trt", "cuda", "trt-bf16", "16-bit weights in a TensorRT engine"),
+    Row("trt", "cuda", "trt-fp16", "16-bit weights in a TensorRT engine"),
+    Row("trt", "cuda", "trt-fp8", "8-bit weights in a TensorRT engine"),
+    Row("trt", "cuda", "trt-int4-awq", "4-bit weights in a TensorRT engine"),
+    Row("trt", "cuda", "trt-nvfp4", "4-bit weights in a TensorRT engine, experimental"),
     Row("ort", "cuda", "onnx-fp16", "16-bit weights on the GPU"),
     Row("ort", "cuda", "onnx-int8", "8-bit weights on the GPU"),
     Row("ort", "cuda", "onnx-int4", "4-bit weights on the GPU"),

@@ -58,18 +58,19 @@ class Vision:
         patches = patchify(resized_HWC, self._preprocessing)
         self._check_size(len(patches))
         places = vision_inputs(grid, self._geometry)
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "pixel_values": self._number.encode(patches)[None],
             "pos_idx": places.pos_idx,
             "pos_weight": places.pos_weight,
             "cos": places.cos,
             "sin": places.sin,
         }
-        kept = self._send(arrays)
-        addresses = self._bind_outputs(tokens)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        addresses = self._make_room(arrays, tokens)
+        for name, array in arrays.items():
+            self._gpu.to_device(self._inputs[name].address, array)
         self._context.launch()
         self._gpu.wait()
-        del kept
         return Features(tokens=tokens, addresses=addresses)
 
     def rows(self, features: Features) -> NDArray[np.float32]:
@@ -89,29 +90,21 @@ class Vision:
                 "use a smaller picture, or export with other pixel limits and build again"
             )
 
-    def _send(self, arrays: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Copy all inputs; returns what must stay until the run is over."""
-        kept = []
-        for name, values in arrays.items():
-            array = np.ascontiguousarray(values)
-            kept.append(array)
+    def _make_room(self, arrays: Mapping[str, NDArray[Any]], tokens: int) -> tuple[int, ...]:
+        """Bind buffers that are large enough; the address of each set of rows that will come.
+
+        Before anything is enqueued: a buffer may have to be freed.
+        """
+        for name, array in arrays.items():
             block = self._room(self._inputs, name, array.nbytes)
-            self._gpu.to_device(block.address, array)
             self._context.set_shape(name, array.shape)
             self._context.bind(name, block.address)
-        return kept
-
-    def _bind_outputs(self, tokens: int) -> tuple[int, ...]:
-        """The address of each set of rows."""
         size = tokens * self._facts.hidden_size * int(np.dtype(self._number.storage).itemsize)
         levels = self._facts.deepstack_levels
         for name, nbytes in zip(_OUTPUTS, (size, levels * size), strict=True):
             self._context.bind(name, self._room(self._outputs, name, nbytes).address)
-        first = self._outputs["deepstack_features"].address
-        return (
-            self._outputs["image_features"].address,
-            *(first + level * size for level in range(levels)),
-        )
+        first, more = (self._outputs[name].address for name in _OUTPUTS)
+        return (first, *(more + level * size for level in range(levels)))
 
     def _room(self, blocks: dict[str, Block], name: str, nbytes: int) -> Block:
         """A buffer of at least ``nbytes``; the one that was too small is freed."""

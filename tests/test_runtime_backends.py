@@ -8,7 +8,7 @@ import pytest
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable, UsageError
 from medmo_edge.runtime import doctor as doctor_module
-from medmo_edge.runtime import fake, llamacpp, ort, ort_native
+from medmo_edge.runtime import fake, llamacpp, ort, ort_native, trt
 from medmo_edge.runtime.backends import BACKENDS, choose, open_backend
 from medmo_edge.runtime.device import probe
 from medmo_edge.runtime.doctor import doctor, format_findings
@@ -17,11 +17,11 @@ from medmo_edge.runtime.doctor import doctor, format_findings
 def test_without_an_artifact_every_backend_is_judged_by_its_library(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (llamacpp, ort):
+    for module in (llamacpp, ort, trt):
         monkeypatch.setattr(module, "unavailable", lambda: "it is not installed")
     choices = choose(None, probe())
     assert {choice.name for choice in choices} == set(BACKENDS)
-    assert [choice.name for choice in choices] == ["fake", "ort", "llamacpp"]
+    assert [choice.name for choice in choices] == ["fake", "trt", "ort", "llamacpp"]
     assert choices[1].obstacle == choices[1].reason == "it is not installed"
 
 
@@ -41,6 +41,7 @@ def test_when_none_can_run_the_error_names_every_reason(
     with pytest.raises(BackendUnavailable) as caught:
         open_backend(manifest, probe())
     assert caught.value.reasons == {
+        "trt": "cannot read gguf-f16 artifacts (llamacpp can)",
         "ort": "cannot read gguf-f16 artifacts (llamacpp can)",
         "llamacpp": "it is not installed",
         "fake": "cannot read gguf-f16 artifacts (llamacpp can)",
@@ -52,8 +53,8 @@ def test_asking_for_a_backend_by_name() -> None:
     assert open_backend(fake.artifact("x"), probe(), "fake").name == "fake"
     with pytest.raises(BackendUnavailable, match="--backend llamacpp was asked for"):
         open_backend(fake.artifact("x"), probe(), "llamacpp")
-    with pytest.raises(UsageError, match="use auto, ort, llamacpp, fake"):
-        choose(None, probe(), "trt")
+    with pytest.raises(UsageError, match="use auto, trt, ort, llamacpp, fake"):
+        choose(None, probe(), "coreml")
 
 
 def test_doctor_without_artifact() -> None:

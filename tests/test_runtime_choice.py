@@ -1,145 +1,36 @@
 """The choice of artifact and backend, pinned on eight machines that are described, not present."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from machines import MACHINES, SIZES, artifact, engines_of
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable
 from medmo_edge.images import Frame
 from medmo_edge.manifest import Manifest, read_manifest, write_manifest
-from medmo_edge.runtime import certified, llamacpp, llamacpp_fit, ort, ort_fit, ort_native
+from medmo_edge.runtime import certified, llamacpp, llamacpp_fit, ort, ort_fit, ort_native, trt
 from medmo_edge.runtime import choice as choice_module
 from medmo_edge.runtime import device as device_module
 from medmo_edge.runtime.backends import BACKENDS
 from medmo_edge.runtime.choice import ORDER, Row, find_artifacts, open_best, rank
-from medmo_edge.runtime.device import Cuda, Device, Jetson, probe
+from medmo_edge.runtime.device import Device, probe
 from medmo_edge.runtime.doctor import doctor, format_findings
 from medmo_edge.runtime.session import load
+from medmo_edge.runtime.trt_engines import Search
 
-GB = 1 << 30
-# Bytes of a 4B model: language model and vision tower of each target.
-SIZES = {"onnx-fp16": 9.7, "onnx-int8": 6.3, "onnx-int4": 4.2, "gguf-q4_k_m": 3.3, "gguf-f16": 8.9}
-DTYPES = {"onnx-fp16": "float16", "onnx-int8": "float32", "onnx-int4": "float32"}
-FACTS = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "deepstack_levels": 3,
-    "num_layers": 36,
-    "num_kv_heads": 8,
-    "head_dim": 128,
-    "max_positions": 262144,
-}
-
-
-def _artifact(target: str) -> Manifest:
-    """A 4B artifact that exists only as its manifest."""
-    roles = ("decoder_data", "vision_data") if target.startswith("onnx") else ("language", "vision")
-    sizes = (int((SIZES[target] - 0.8) * 1e9), int(0.8e9))
-    return Manifest(
-        target=target,
-        backend="ort" if target.startswith("onnx") else "llamacpp",
-        model=dict(FACTS),
-        coords="norm1000",
-        preprocessing={},
-        files={
-            role: {"sha256": "", "bytes": size, "role": role}
-            for role, size in zip(roles, sizes, strict=True)
-        },
-        weights={"graph_dtype": DTYPES[target]} if target in DTYPES else {},
-        checkpoint={"name": "4b", "sha256": "same"},
-        calibration=None,
-        exporter={},
-        certificate=None,
-        licence="",
-        folder=Path(target),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """A device, and whether its onnxruntime is the one for GPUs."""
-
-    device: Device
-    gpu_library: bool
-
-
-def _machine(
-    memory_gb: float,
-    *features: str,
-    system: str = "Linux x86_64",
-    gpu: Cuda | None = None,
-    cuda: str | None = None,
-    jetson: Jetson | None = None,
-) -> Machine:
-    device = Device(
-        system=system,
-        cpu="a CPU",
-        cores=8,
-        features=features,
-        ram_bytes=int(memory_gb * GB),
-        ram_available_bytes=int(memory_gb * GB * 0.8),
-        cuda=(gpu,) if gpu else (),
-        jetson=jetson,
-        driver="580.65.06" if gpu else None,
-        cuda_version=cuda,
-    )
-    return Machine(device=device, gpu_library=gpu is not None)
-
-
-def _jetson(model: str, jetpack: str) -> Jetson:
-    return Jetson(model=model, l4t="36.4.3" if jetpack < "7" else "38.4", jetpack=jetpack)
-
-
-ARM = ("neon", "dotprod", "i8mm")
-MACHINES = {
-    "H200": _machine(
-        1500, "avx2", "avx512", gpu=Cuda(name="H200", sm=90, memory_bytes=141 * GB), cuda="13.0"
-    ),
-    "RTX 4090": _machine(
-        64, "avx2", gpu=Cuda(name="RTX 4090", sm=89, memory_bytes=24 * GB), cuda="13.0"
-    ),
-    "RTX 2080": _machine(
-        32, "avx2", gpu=Cuda(name="RTX 2080", sm=75, memory_bytes=8 * GB), cuda="13.0"
-    ),
-    "Orin Nano JP6": _machine(
-        8,
-        *ARM,
-        system="Linux aarch64",
-        gpu=Cuda(name="Orin", sm=87, memory_bytes=8 * GB),
-        cuda="12.6",
-        jetson=_jetson("NVIDIA Jetson Orin Nano", "6.2"),
-    ),
-    "Orin JP7": _machine(
-        64,
-        *ARM,
-        system="Linux aarch64",
-        gpu=Cuda(name="Orin", sm=87, memory_bytes=64 * GB),
-        cuda="13.2",
-        jetson=_jetson("NVIDIA Jetson AGX Orin", "7.2"),
-    ),
-    "Thor": _machine(
-        128,
-        *ARM,
-        system="Linux aarch64",
-        gpu=Cuda(name="Thor", sm=110, memory_bytes=128 * GB),
-        cuda="13.0",
-        jetson=_jetson("NVIDIA Jetson AGX Thor", "7.0"),
-    ),
-    "AVX2 laptop": _machine(16, "avx2", "fma"),
-    "ARM server": _machine(256, *ARM, "sve", system="Linux aarch64"),
-}
 CPU_ORDER = ["onnx-int4", "gguf-q4_k_m", "onnx-int8", "gguf-f16", "onnx-fp16"]
+ON_GPU = ["onnx-fp16 cuda", *CPU_ORDER[:-1]]
 # Where each machine would run what, best first, and why the rest not.
 EXPECTED = {
-    "H200": ["onnx-fp16 cuda", *CPU_ORDER[:-1]],
-    "RTX 4090": ["onnx-fp16 cuda", *CPU_ORDER[:-1]],
-    "RTX 2080": CPU_ORDER,
+    "H200": ["trt-bf16 cuda", "trt-fp8 cuda", "trt-int4-awq cuda", *ON_GPU],
+    "RTX 4090": ["trt-bf16 cuda", "trt-fp8 cuda", "trt-int4-awq cuda", *ON_GPU],
+    "RTX 2080": ["trt-int4-awq cuda", *CPU_ORDER],
     "Orin Nano JP6": CPU_ORDER[:2],
-    "Orin JP7": ["onnx-fp16 cuda", *CPU_ORDER[:-1]],
-    "Thor": ["onnx-fp16 cuda", *CPU_ORDER[:-1]],
+    "Orin JP7": ["trt-bf16 cuda", "trt-int4-awq cuda", *ON_GPU],
+    "Thor": ["trt-bf16 cuda", "trt-fp8 cuda", "trt-int4-awq cuda", "trt-nvfp4 cuda", *ON_GPU],
     "AVX2 laptop": CPU_ORDER,
     "ARM server": CPU_ORDER,
 }
@@ -147,13 +38,17 @@ EXPECTED = {
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Device]:
-    """``on(machine) -> device``: both libraries are installed, onnxruntime in its flavour."""
+    """``on(machine) -> device``: all libraries are installed, onnxruntime in its flavour.
+
+    Engines of every trt artifact were built there.
+    """
 
     def pretend(name: str) -> Device:
         machine = MACHINES[name]
-        for module in (ort, llamacpp):
+        for module in (ort, llamacpp, trt):
             monkeypatch.setattr(module, "unavailable", lambda: None)
         monkeypatch.setattr(ort_native, "has_cuda", lambda: machine.gpu_library)
+        monkeypatch.setattr(trt, "_search", lambda manifest, _: Search(engines_of(manifest)))
         return machine.device
 
     return pretend
@@ -161,7 +56,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Device]:
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_decisions_on_eight_machines(name: str, on: Callable[[str], Device]) -> None:
-    ranked = rank([_artifact(target) for target in sorted(SIZES)], on(name))
+    ranked = rank([artifact(target) for target in sorted(SIZES)], on(name))
     able = [each for each in ranked if each.obstacle is None]
     assert [
         each.manifest.target + (" cuda" if each.place == "cuda" else "") for each in able
@@ -178,11 +73,20 @@ def test_the_decisions_on_eight_machines(name: str, on: Callable[[str], Device])
         ("RTX 2080", "gguf-q4_k_m", "llama.cpp is used without GPUs"),
         ("Orin Nano JP6", "onnx-int4", "needs CUDA 13, JetPack 6.2 has 12.6"),
         ("Orin Nano JP6", "onnx-fp16", "needs about 10.3 GB of memory, 6.9 GB are free"),
-        ("H200", "onnx-int4", "comes after onnx-fp16"),
+        ("H200", "onnx-int4", "comes after trt-bf16"),
+        ("H200", "trt-nvfp4", "nvfp4 needs SM 100, this H200 is SM 90: export --target trt-fp8"),
+        ("RTX 2080", "trt-fp8", "fp8 needs SM 89, this RTX 2080 is SM 75: export --target trt-int"),
+        ("RTX 2080", "trt-bf16", "bfloat16 needs SM 80, this RTX 2080 is SM 75: export --target t"),
+        ("Orin JP7", "trt-fp8", "this Orin is SM 87: export --target trt-int4-awq"),
+        ("Orin JP7", "trt-nvfp4", "this Orin is SM 87: export --target trt-int4-awq"),
+        ("Orin Nano JP6", "trt-int4-awq", "JetPack 6.2 has a TensorRT that is too old"),
+        ("Orin Nano JP6", "trt-int4-awq", "export a gguf target for llama.cpp"),
+        ("Thor", "trt-nvfp4", "experimental"),
+        ("AVX2 laptop", "trt-bf16", "no CUDA GPU: TensorRT needs one"),
     ],
 )
 def test_the_reasons(name: str, target: str, reason: str, on: Callable[[str], Device]) -> None:
-    ranked = rank([_artifact(each) for each in SIZES], on(name))
+    ranked = rank([artifact(each) for each in SIZES], on(name))
     (found,) = (each for each in ranked if each.manifest.target == target)
     assert reason in found.reason
 
@@ -192,7 +96,7 @@ def test_a_gpu_without_the_library_for_gpus(
 ) -> None:
     device = on("H200")
     monkeypatch.setattr(ort_native, "has_cuda", lambda: False)
-    (found,) = rank([_artifact("onnx-fp16")], device)
+    (found,) = rank([artifact("onnx-fp16")], device)
     assert found.place == "cpu"
     assert "pip install 'medmo-edge[gpu]'" in found.reason
 
@@ -203,12 +107,12 @@ def test_old_gpus_and_old_drivers_are_not_used(on: Callable[[str], Device]) -> N
         (replace(device, cuda=(replace(device.cuda[0], sm=70),)), "SM 70 is older than CUDA 13"),
         (replace(device, cuda_version="12.8"), "needs CUDA 13, the NVIDIA driver has 12.8"),
     ):
-        (found,) = rank([_artifact("onnx-fp16")], machine)
+        (found,) = rank([artifact("onnx-fp16")], machine)
         assert (found.place, reason in found.reason) == ("cpu", True)
 
 
 def test_a_bfloat16_graph_needs_a_gpu(on: Callable[[str], Device]) -> None:
-    manifest = replace(_artifact("onnx-fp16"), weights={"graph_dtype": "bfloat16"})
+    manifest = replace(artifact("onnx-fp16"), weights={"graph_dtype": "bfloat16"})
     assert rank([manifest], on("H200"))[0].place == "cuda"
     assert "runs on CUDA only" in rank([manifest], on("AVX2 laptop"))[0].reason
 
@@ -221,7 +125,7 @@ def test_a_certified_artifact_goes_first(
         return certified.Coverage(None if passes else "no certificate")
 
     monkeypatch.setattr(choice_module, "coverage", judge)
-    ranked = rank([_artifact(target) for target in SIZES], on("AVX2 laptop"))
+    ranked = rank([artifact(target) for target in SIZES], on("AVX2 laptop"))
     assert ranked[0].manifest.target == "onnx-int8"
     assert "certified here" in ranked[0].reason
     assert "comes after onnx-int8" in ranked[1].reason
