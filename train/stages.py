@@ -46,9 +46,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """AdamW and its schedule; ``warmup_ratio`` is of the stage's steps."""
+    """AdamW and its schedule; ``warmup_ratio`` is of the stage's steps.
+
+    ``module_rates`` are learning rates of single modules, instead of ``learning_rate``.
+    """
 
     learning_rate: float
+    module_rates: dict[str, float]
     schedule: Literal["cosine", "linear", "constant"]
     warmup_ratio: float
     betas: tuple[float, float]
@@ -121,7 +125,7 @@ class Stage:
     ``rows`` samples a device and step, ``accumulation`` times. ``text_tokens`` and
     ``answer_tokens`` are means per sample, the second within the first. ``row_tokens`` is the
     budget of one packed row: short samples share it, none may need more. ``lora_rank`` 0 trains
-    the modules in full. ``mixture`` weighs the tasks, and ``data`` the files that have each.
+    the modules in full. A state to resume from is kept every ``save_every`` steps. ``mixture`` weighs the tasks, and ``data`` the files that have each.
     """
 
     name: str
@@ -140,6 +144,7 @@ class Stage:
     sharding: Sharding
     offload: bool
     gradient_checkpointing: bool
+    save_every: int
     tuning: Tuning
     mixture: dict[str, float]
     data: tuple[DataSource, ...]
@@ -162,7 +167,7 @@ class StagedRecipe:
     name: str
     base: str
     seed: int
-    precision: Literal["bfloat16"]
+    precision: Literal["bfloat16", "float32"]
     text: TextConfig
     vision: VisionModel
     machine: Machine
@@ -268,6 +273,12 @@ def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_new_name: bool) -
         (*path, "trainable"): (
             "trainable must name each module once, at least one",
             len(set(stage.trainable)) == len(stage.trainable) > 0,
+        ),
+        (*path, "save_every"): ("save_every must be above 0", stage.save_every > 0),
+        (*path, "tuning", "module_rates"): (
+            "module_rates must name modules in trainable, with rates of 0 or more",
+            set(stage.tuning.module_rates) <= set(stage.trainable)
+            and min(stage.tuning.module_rates.values(), default=0.0) >= 0,
         ),
         (*path, "lora_rank"): ("lora_rank must be 0 or more", stage.lora_rank >= 0),
         (*path, "sharding"): (
