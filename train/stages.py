@@ -125,7 +125,8 @@ class Stage:
     ``rows`` samples a device and step, ``accumulation`` times. ``text_tokens`` and
     ``answer_tokens`` are means per sample, the second within the first. ``row_tokens`` is the
     budget of one packed row: short samples share it, none may need more. ``lora_rank`` 0 trains
-    the modules in full. A state to resume from is kept every ``save_every`` steps. ``mixture`` weighs the tasks, and ``data`` the files that have each.
+    the modules in full. A state to resume from is kept every ``save_every`` steps. ``mixture``
+    weighs the tasks, and ``data`` the files that have each.
     """
 
     name: str
