@@ -6,6 +6,7 @@ held against the limits and the bytes that are really there. No pixel is decoded
 """
 
 import io
+import re
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -27,6 +28,8 @@ EXPLICIT = "1.2.840.10008.1.2.1"
 DICOMDIR = "1.2.840.10008.1.3.10"
 
 DEFER_BYTES = 2**20
+_CODE = re.compile(r"[A-Z0-9_ ]{1,16}")
+_UID = re.compile(r"[0-9.]{1,64}")
 UNDEFINED_LENGTH = 0xFFFFFFFF
 _INFLATE_CHUNK = 2**20
 _LONG_VRS = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT")
@@ -99,6 +102,8 @@ def read_header(file: BinaryIO) -> Header:
     from pydicom import dcmread
 
     syntax, start = transfer_syntax(file)
+    if syntax and not _UID.fullmatch(syntax):
+        raise ImageError("DICOM element TransferSyntaxUID is no UID")
     stream = _inflate(file, start) if syntax == DEFLATED else file
     stream.seek(0)
     dataset = dcmread(stream, defer_size=DEFER_BYTES, stop_before_pixels=True, force=True)
@@ -217,7 +222,9 @@ def describe_class(dataset: Any) -> str:
     if not uid:
         return "data set without SOP class"
     name = getattr(uid, "name", str(uid))
-    return str(name) if name != str(uid) else f"SOP class {str(uid)[:64]}"
+    if name != str(uid):
+        return str(name)
+    return f"SOP class {uid}" if _UID.fullmatch(str(uid)) else "SOP class that is no UID"
 
 
 def value_of(dataset: Any, keyword: str) -> Any:
@@ -285,7 +292,15 @@ def _photometric(dataset: Any, is_float: bool) -> str:
         if is_float:
             return "MONOCHROME2"
         raise ImageError("DICOM element PhotometricInterpretation is missing")
-    return str(value).strip().upper()
+    code = str(value).strip().upper()
+    if not is_code(code):
+        raise ImageError("DICOM element PhotometricInterpretation is no code")
+    return code
+
+
+def is_code(text: str) -> bool:
+    """Whether ``text`` is a code string (PS3.5 6.2, CS): only such values are quoted in errors."""
+    return _CODE.fullmatch(text) is not None
 
 
 def _check_layout(header: Header, layout: Layout) -> None:

@@ -23,7 +23,7 @@ from medmo_edge.dicom_attributes import (
 )
 from medmo_edge.dicom_colour import BLOCK_VALUES, colour_to_rgb, palette_table
 from medmo_edge.dicom_decode import Stored, decode_frame
-from medmo_edge.dicom_header import Layout, read_header, read_layout
+from medmo_edge.dicom_header import Layout, is_code, read_header, read_layout
 from medmo_edge.dicom_provenance import describe
 from medmo_edge.dicom_square import square_size
 from medmo_edge.dicom_window import Range, Subject, View, choose_view
@@ -177,9 +177,10 @@ def _subject(
     modality: Rescale | ModalityLut,
     frame_range: Range,
 ) -> Subject:
+    name = attributes.text("Modality").upper()
     return Subject(
         hounsfield=_is_hounsfield(attributes, modality),
-        modality=attributes.text("Modality"),
+        modality=name if is_code(name) else "",
         body_part=attributes.text("BodyPartExamined"),
         stored_range=_stored_range(layout, attributes, modality, frame_range),
         frame_range=frame_range,

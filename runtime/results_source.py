@@ -174,12 +174,20 @@ def _identity(dataset: Any) -> "Dataset":
     found.SpecificCharacterSet = "ISO_IR 192"
     for keyword in IDENTITY:
         value = value_of(dataset, keyword)
-        if value is not None:
-            setattr(found, keyword, _plain(value))
-        elif keyword in _ALWAYS:
-            setattr(found, keyword, "")
+        if value is None or not _copy(found, keyword, value):
+            if keyword in _ALWAYS:
+                setattr(found, keyword, "")
     found.StudyInstanceUID = _uid(dataset, "StudyInstanceUID")
     return found
+
+
+def _copy(found: "Dataset", keyword: str, value: Any) -> bool:
+    """Copy one element; False for what cannot be written, such as a weight of "70,5" kg."""
+    try:
+        setattr(found, keyword, _plain(value))
+    except (ArithmeticError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:
