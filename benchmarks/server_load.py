@@ -6,9 +6,10 @@
 
 Each client talks over its own connection and streams. Half of the questions are about the client's
 one image again and again, half about a new image each. Printed: time to the first text, time to
-the whole answer, answers and tokens per second, errors, and the server's memory over time. With
-``--peer`` the same requests go to llama-server on the same GGUF files afterwards, greedily and for
-the same number of tokens. Not measured: answers' contents (benchmarks/greedy_agreement.py).
+the whole answer, answers and pieces of text per second, errors, and the server's memory over time.
+With ``--peer`` the same requests go to llama-server on the same GGUF files, greedily and for the
+same number of tokens; the two take turns in rounds, so that both see the same machine, and the
+other one idles meanwhile. Not measured: answers' contents (benchmarks/greedy_agreement.py).
 """
 
 import argparse
@@ -25,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,11 +35,13 @@ from PIL import Image
 from medmo_edge.export.export import export_checkpoint
 from medmo_edge.manifest import read_manifest
 from medmo_edge.phantoms import draw
+from medmo_edge.preprocess import Preprocessing
 
 TOKEN = "a-token-for-the-benchmark"
 QUESTIONS = ("Is there a nodule?", "Locate the nodule.", "Describe this medical image.")
 KINDS = ("same image", "new image")
 NEW_TOKENS = 24
+ROUNDS = 6  # of each server, when there are two
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Tally:
     whole: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     pieces: int = 0
     errors: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -58,14 +63,32 @@ def main() -> None:
     minutes = 0.5 if arguments.quick else arguments.minutes
     with tempfile.TemporaryDirectory() as folder:
         artifact = _artifact(arguments.artifact, Path(folder) / "artifact")
-        with _ours(artifact, arguments.threads) as (port, process):
-            ours = _measure("medmo-edge serve", port, process, arguments.clients, minutes)
-        if arguments.peer:
-            with _peer(arguments.peer, artifact, arguments) as (port, process):
-                theirs = _measure("llama-server", port, process, arguments.clients, minutes)
-            _compare(ours, theirs)
-    if ours.errors:
-        sys.exit(f"{len(ours.errors)} errors, the first: {ours.errors[0]}")
+        with ExitStack() as stack:
+            servers = {"medmo-edge serve": stack.enter_context(_ours(artifact, arguments.threads))}
+            if arguments.peer:
+                peer = _peer(arguments.peer, artifact, arguments)
+                servers["llama-server"] = stack.enter_context(peer)
+            tallies = _take_turns(servers, arguments.clients, 60 * minutes)
+    for name, tally in tallies.items():
+        _print(name, tally, arguments.clients)
+    if arguments.peer:
+        _compare(*tallies.values())
+    errors = [error for tally in tallies.values() for error in tally.errors]
+    if errors:
+        sys.exit(f"{len(errors)} errors, the first: {errors[0]}")
+
+
+def _take_turns(
+    servers: dict[str, tuple[int, int]], clients: int, seconds: float
+) -> dict[str, Tally]:
+    """Measure each server (port, process) for ``seconds`` in all; what its clients saw."""
+    tallies = {name: Tally() for name in servers}
+    rounds = ROUNDS if len(servers) > 1 else 1
+    for number in range(rounds):
+        order = list(servers.items())
+        for name, (port, process) in order if number % 2 == 0 else order[::-1]:
+            _measure(tallies[name], port, process, clients, seconds / rounds, number)
+    return tallies
 
 
 def _arguments() -> argparse.Namespace:
@@ -102,8 +125,11 @@ def _ours(artifact: Path, threads: int) -> Iterator[tuple[int, int]]:
 def _peer(binary: Path, artifact: Path, arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """llama-server with the same files, threads and limits."""
     manifest, port = read_manifest(artifact), _free_port()
-    pixels = manifest.preprocessing
-    tokens = [str(pixels[name] // 1024) for name in ("min_pixels", "max_pixels")]
+    if manifest.backend != "llamacpp":
+        sys.exit(f"{artifact} is {manifest.target}: llama-server needs a gguf-* artifact")
+    pixels = Preprocessing.from_dict(manifest.preprocessing)
+    limits = (pixels.min_pixels, pixels.max_pixels)
+    tokens = [str(limit // pixels.factor**2) for limit in limits]
     command = [str(binary), "-m", str(manifest.path_of("language")), "--mmproj"]
     command += [str(manifest.path_of("vision")), "--port", str(port), "--host", "127.0.0.1"]
     command += ["-t", str(arguments.threads), "-tb", str(arguments.threads), "--jinja"]
@@ -145,22 +171,22 @@ def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
     sys.exit(f"{process.args!r} did not start")
 
 
-def _measure(name: str, port: int, process: int, clients: int, minutes: float) -> Tally:
-    tally = Tally()
-    end = time.monotonic() + 60 * minutes
+def _measure(
+    tally: Tally, port: int, process: int, clients: int, seconds: float, turn: int
+) -> None:
+    """Add what ``clients`` see of a server in ``seconds``; images are new in every ``turn``."""
+    end = time.monotonic() + seconds
     threads = [
-        threading.Thread(target=_client, args=(port, number, end, tally))
+        threading.Thread(target=_client, args=(port, turn * clients + number, end, tally))
         for number in range(clients)
     ]
     started = time.monotonic()
     for thread in threads:
         thread.start()
-    memory = []
     while any(thread.is_alive() for thread in threads):
-        memory.append(_resident_mb(process))
-        threads[0].join(min(5.0, 6 * minutes))
-    _print(name, tally, time.monotonic() - started, clients, memory)
-    return tally
+        tally.memory.append(_resident_mb(process))
+        threads[0].join(min(5.0, seconds / 10))
+    tally.seconds += time.monotonic() - started
 
 
 def _client(port: int, number: int, end: float, tally: Tally) -> None:
@@ -169,7 +195,7 @@ def _client(port: int, number: int, end: float, tally: Tally) -> None:
     own, count = _image(number), 0
     while time.monotonic() < end:
         kind = KINDS[count // len(QUESTIONS) % 2]
-        image = own if kind == KINDS[0] else _image(1_000 * (number + 1) + count)
+        image = own if kind == KINDS[0] else _image((number + 1 << 24) + count)
         try:
             first, whole, pieces = _ask(connection, image, QUESTIONS[count % len(QUESTIONS)])
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -233,8 +259,8 @@ def _resident_mb(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def _print(name: str, tally: Tally, seconds: float, clients: int, memory: list[float]) -> None:
-    answers = sum(len(each) for each in tally.whole.values())
+def _print(name: str, tally: Tally, clients: int) -> None:
+    answers, seconds, memory = _answers(tally), tally.seconds, tally.memory
     print(f"\n{name}: {clients} clients, {seconds:.0f} s, {answers} answers, ", end="")
     print(f"{answers / seconds:.1f} answers/s, {tally.pieces / seconds:.0f} pieces/s, ", end="")
     print(f"{len(tally.errors)} errors")
@@ -253,6 +279,10 @@ def _print(name: str, tally: Tally, seconds: float, clients: int, memory: list[f
         print(f"memory: {early:.1f} MB in the second quarter, {late:.1f} MB in the last")
 
 
+def _answers(tally: Tally) -> int:
+    return sum(len(each) for each in tally.whole.values())
+
+
 def _quantiles(values: list[float]) -> tuple[float, float]:
     if len(values) < 2:
         return (values or [float("nan")])[0], (values or [float("nan")])[0]
@@ -268,6 +298,8 @@ def _compare(ours: Tally, theirs: Tally) -> None:
         first = _quantiles(theirs.first[kind])[0] / _quantiles(ours.first[kind])[0]
         whole = _quantiles(theirs.whole[kind])[0] / _quantiles(ours.whole[kind])[0]
         print(f"| {kind} | {first:.2f} | {whole:.2f} |")
+    ratio = (_answers(ours) / ours.seconds) / (_answers(theirs) / theirs.seconds)
+    print(f"answers per second, ours / llama-server: {ratio:.2f}")
 
 
 if __name__ == "__main__":
