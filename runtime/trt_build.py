@@ -229,29 +229,37 @@ class _Watch:
         self._graph, self._progress = graph, progress
         self._stop = threading.Event()
         self._phases: dict[str, int] = {}
+        self._errors: list[BaseException] = []
 
     def started(self, phase: str, parent: str | None, steps: int) -> None:
         """TensorRT entered a phase; only outer ones are shown."""
         if parent is None:
             self._phases[phase] = steps
-            self._progress(f"{self._graph}: {phase}", 0, steps)
+            self._tell(phase, 0)
 
     def stepped(self, phase: str, step: int) -> bool:
         """A step is done; False asks TensorRT to give up."""
         if phase in self._phases:
-            self._progress(f"{self._graph}: {phase}", step + 1, self._phases[phase])
+            self._tell(phase, step + 1)
         return not self._stop.is_set()
+
+    def _tell(self, phase: str, done: int) -> None:
+        """Nothing may be raised through TensorRT's own frames."""
+        try:
+            self._progress(f"{self._graph}: {phase}", done, self._phases[phase])
+        except BaseException as error:
+            self._errors.append(error)
+            self._stop.set()
 
     def run(self, work: Callable[[], Any]) -> Any:
         """The result of ``work``; Ctrl-C is raised here once TensorRT has given up."""
         results: list[Any] = []
-        errors: list[BaseException] = []
 
         def job() -> None:
             try:
                 results.append(work())
             except BaseException as error:  # it belongs to the thread that waits
-                errors.append(error)
+                self._errors.append(error)
 
         thread = threading.Thread(target=job, name="tensorrt", daemon=True)
         thread.start()
@@ -262,8 +270,8 @@ class _Watch:
             self._stop.set()
             thread.join()
             raise
-        if errors:
-            raise errors[0]
+        if self._errors:
+            raise self._errors[0]
         return results[0]
 
 
