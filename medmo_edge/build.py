@@ -87,9 +87,14 @@ def build(
     known = None if force else _existing(folder)
     if known is not None and outdated(known, manifest, place.library) is None:
         return known, False
-    engines = make_engines(
-        manifest, probe(), place=place, output=output, level=level, progress=report
-    )
+    try:
+        engines = make_engines(
+            manifest, probe(), place=place, output=output, level=level, progress=report
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted, nothing was left: run the same command again") from (
+            None
+        )
     return engines, True
 
 
