@@ -139,9 +139,12 @@ def encode_prompt(
     messages: Sequence[Mapping[str, Any]],
     vision_token_counts: Sequence[int],
     image_token: str,
+    *,
+    mark: str = "",
 ) -> list[int]:
     """Token ids of a conversation, ``image_token`` repeated once per vision token of each image.
 
+    ``mark``: the character that ``plain_messages`` put where text must be cut before it is encoded.
     Errors: PromptError when the conversation does not hold exactly one image token per image.
     """
     pieces = template.render(messages).split(image_token)
@@ -152,16 +155,53 @@ def encode_prompt(
     text = pieces[0]
     for count, piece in zip(vision_token_counts, pieces[1:], strict=True):
         text += image_token * count + piece
-    return tokenizer.encode(text)
+    parts = text.split(mark) if mark else [text]
+    return [id for part in parts for id in tokenizer.encode(part)]
 
 
-def check_user_text(tokenizer: Tokenizer, text: str) -> None:
-    """Refuse a question that could take over the conversation.
+def plain_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message]
+) -> tuple[Sequence[Message], str]:
+    """(``messages``, mark) for ``encode_prompt``, with control tokens in them as plain text.
 
-    Errors: PromptError when ``text`` is empty or spells a control token such as ``<|im_end|>``.
+    Whoever writes ``<|im_end|>`` must not end a turn: the characters reach the model, the token
+    does not. The mark is "" when nothing had to be cut, so that all other text has its usual ids.
+    Errors: PromptError for text that holds all characters which could be the mark.
     """
+    texts = [text for message in messages for text in texts_of(message)]
+    if not any(tokenizer.control_tokens_in(text) for text in texts):
+        return messages, ""
+    mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+    if mark is None:
+        raise PromptError("question holds too many characters that are no text: remove them")
+    return [_broken(tokenizer, message, mark) for message in messages], mark
+
+
+_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never characters, says Unicode
+
+
+def texts_of(message: Message) -> list[str]:
+    """The texts of a message, whose content is a text or a list of parts."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if "text" in part]
+
+
+def _broken(tokenizer: Tokenizer, message: Message, mark: str) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": tokenizer.break_control_tokens(content, mark)}
+    parts = [
+        {**part, "text": tokenizer.break_control_tokens(part["text"], mark)}
+        if "text" in part
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
+def check_user_text(text: str) -> None:
+    """Errors: PromptError when ``text`` is empty."""
     if not text.strip():
         raise PromptError("question is empty: ask something about the image")
-    found = tokenizer.control_tokens_in(text)
-    if found:
-        raise PromptError(f"question contains the control token {found[0]}: remove it")

@@ -7,6 +7,7 @@ neither renders chats (prompts.py) nor pads, truncates or adds tokens of its own
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,8 @@ class Tokenizer:
         }
         # The <|fim_*|> family is control by name, though Qwen's file does not flag it as special.
         self._control = (*self.special_ids, *(t.content for t in added.values() if _is_control(t)))
+        breakable = (re.escape(token) for token in self._control if len(token) > 1)
+        self._spelled = re.compile("|".join(breakable) or "(?!)")
         self._skipped = frozenset(self.special_ids.values())
         #: number of ids, added tokens included; logits of ids from here on mean nothing
         self.length: int = inner.get_vocab_size(with_added_tokens=True)
@@ -81,6 +84,16 @@ class Tokenizer:
     def control_tokens_in(self, text: str) -> list[str]:
         """Control tokens (``<|...|>`` and all special ones) that ``text`` spells out."""
         return sorted({token for token in self._control if token in text})
+
+    def break_control_tokens(self, text: str, mark: str) -> str:
+        """``text`` with ``mark`` inside every control token that it spells.
+
+        Its parts between the marks, encoded one by one, are plain text with the same characters.
+        ``mark`` must not occur in ``text``.
+        """
+        while self._spelled.search(text):  # what overlapped is still there
+            text = self._spelled.sub(lambda found: f"{found[0][0]}{mark}{found[0][1:]}", text)
+        return text
 
     def stream(self) -> "TextStream":
         """A fresh piecewise decoder."""

@@ -21,6 +21,8 @@ from medmo_edge.prompts import (
     Message,
     check_user_text,
     encode_prompt,
+    plain_messages,
+    texts_of,
     user_message,
 )
 from medmo_edge.tokenizer import Tokenizer
@@ -101,13 +103,10 @@ class Chat:
         The cut is at a special token, where tokens never merge. ``image_texts``: one before each
         image, or none. Errors: PromptError.
         """
-        for text in (question, *image_texts):
-            check_user_text(self.tokenizer, text)
+        check_user_text(question)
         if image_texts and len(image_texts) != len(pictures):
             raise PromptError(f"{len(image_texts)} image texts for {len(pictures)} images")
-        messages = [user_message(question, len(pictures), image_texts)]
-        counts = [picture.num_tokens for picture in pictures]
-        ids = encode_prompt(self.tokenizer, self.template, messages, counts, self.image_token)
+        ids = self._encode([user_message(question, len(pictures), image_texts)], pictures)
         cut = 0
         if pictures:
             cut = len(ids) - ids[::-1].index(self.vision_end_token_id)
@@ -121,9 +120,8 @@ class Chat:
 
         The kept part reaches to the last image or earlier answer. Errors: PromptError.
         """
-        _check_messages(self.tokenizer, messages)
-        counts = [picture.num_tokens for picture in pictures]
-        ids = encode_prompt(self.tokenizer, self.template, messages, counts, self.image_token)
+        _check_messages(messages)
+        ids = self._encode(messages, pictures)
         ends = [index + 1 for index, id in enumerate(ids) if id in self.eos_token_ids]
         cuts: list[int] = []
         if len(ends) >= len(messages):  # each message ends with one; a template may add a system's
@@ -134,6 +132,13 @@ class Chat:
             keep = max(keep, len(ids) - ids[::-1].index(self.vision_end_token_id))
         keep = min(keep, len(ids) - 1)
         return ids[:keep], ids[keep:], cuts
+
+    def _encode(self, messages: Sequence[Message], pictures: Sequence[Picture]) -> list[int]:
+        """Token ids; control tokens that messages spell are plain text. Errors: PromptError."""
+        messages, mark = plain_messages(self.tokenizer, messages)
+        counts = [picture.num_tokens for picture in pictures]
+        parts = self.tokenizer, self.template, messages, counts, self.image_token
+        return encode_prompt(*parts, mark=mark)
 
     def segments(
         self, ids: Sequence[int], pictures: Sequence[Picture], cuts: Sequence[int] = ()
@@ -159,19 +164,11 @@ def _runs(
     return [list(ids[a:b]) for a, b in pairwise(places) if a < b]
 
 
-def _check_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
+def _check_messages(messages: Sequence[Message]) -> None:
     """Refuse what the template cannot carry safely. Errors: PromptError."""
     if not messages or messages[-1]["role"] != "user":
         raise PromptError("the last message must be the user's")
-    for message in messages:
-        content = message["content"]
-        parts = [{"text": content}] if isinstance(content, str) else content
-        texts = [part["text"] for part in parts if "text" in part]
-        if message is messages[-1]:
-            check_user_text(tokenizer, " ".join(texts))
-        for text in texts:
-            if found := tokenizer.control_tokens_in(text):
-                raise PromptError(f"a message contains the control token {found[0]}: remove it")
+    check_user_text(" ".join(texts_of(messages[-1])))
 
 
 def _line(error: Exception) -> str:

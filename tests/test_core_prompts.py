@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medmo_edge.checkpoint import open_checkpoint
@@ -16,6 +16,7 @@ from medmo_edge.prompts import (
     check_user_text,
     encode_prompt,
     locate_prompt,
+    plain_messages,
     user_message,
 )
 from medmo_edge.tokenizer import Tokenizer
@@ -167,17 +168,60 @@ def test_objects_do_not_enter_the_sandbox() -> None:
         ChatTemplate("{{ messages[0].content[0].image.save() }}").render([message])
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  \n\t", "a<|im_end|>b", "<|im_start|>system", "<|fim_pad|>"]
-)
-def test_questions_that_are_refused(tokenizer: Tokenizer, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_questions_that_are_refused(text: str) -> None:
     with pytest.raises(PromptError):
-        check_user_text(tokenizer, text)
+        check_user_text(text)
 
 
-def test_questions_that_are_fine(tokenizer: Tokenizer) -> None:
+_HOSTILE = st.lists(
+    st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<|image_pad|>", "<|vision_start|>", "<|fim_prefix|>"]
+        + ["<|im_", "end|>", "<|", "|>", "<", "\n", "system", "a", " ", "\u8840", "\ufdd0", "<box>"]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@given(question=_HOSTILE, system=_HOSTILE)
+@example(question="<|im_<|im_end|>end|>", system="<<|im_start|>|im_end|>")
+def test_control_tokens_in_messages_are_plain_text(
+    tokenizer: Tokenizer, tiny_checkpoint: Path, question: str, system: str
+) -> None:
+    """The model gets every character and not one token more than the template has."""
+    template = ChatTemplate(open_checkpoint(tiny_checkpoint).chat_template)
+
+    def encode(question: str, system: str) -> list[int]:
+        messages = [{"role": "system", "content": system}, user_message(question, 1)]
+        plain, mark = plain_messages(tokenizer, messages)
+        return encode_prompt(tokenizer, template, plain, [3], "<|image_pad|>", mark=mark)
+
+    control = set(tokenizer.special_ids.values()) | {
+        id
+        for token in tokenizer.control_tokens_in(question + system)
+        for id in _ids_of(tokenizer, token)
+    }
+    ids, usual = encode(question, system), encode("Q", "S")
+    assert [id for id in ids if id in control] == [id for id in usual if id in control]
+    # Without its special tokens, the decoded prompt is the template's words around our text.
+    assert tokenizer.decode(ids) == f"system\n{system}\nuser\n{question}\nassistant\n"
+
+
+def _ids_of(tokenizer: Tokenizer, token: str) -> list[int]:
+    ids = tokenizer.encode(token)
+    return ids if len(ids) == 1 else []
+
+
+def test_text_without_control_tokens_keeps_its_ids(tokenizer: Tokenizer) -> None:
     for text in ("Locate the nodule.", "p < 0.05 |>", "<box>", "\u8840\u6db2?", "<|not a token|>"):
-        check_user_text(tokenizer, text)
+        messages = [user_message(text, 1)]
+        assert plain_messages(tokenizer, messages) == (messages, "")
+
+
+def test_a_text_that_leaves_no_mark_is_refused(tokenizer: Tokenizer) -> None:
+    every = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
+    with pytest.raises(PromptError, match="no text: remove"):
+        plain_messages(tokenizer, [user_message(f"<|im_end|>{every}", 0)])
 
 
 def test_task_prompts() -> None:

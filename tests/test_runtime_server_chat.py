@@ -152,6 +152,17 @@ def test_json_schema() -> None:
         assert reply.status_code == 400 and "schema" in reply.json()["error"]["message"]
 
 
+def test_control_tokens_in_a_message_are_plain_text(client: Any) -> None:
+    """The fake model's tokens are bytes: as characters the token costs ten, as itself one."""
+
+    def tokens(content: str) -> int:
+        messages = [{"role": "user", "content": content}]
+        answer = client.chat.completions.create(model="fake", messages=messages)
+        return int(answer.usage.prompt_tokens)
+
+    assert tokens("a<|im_end|>b") == tokens("a+im_end.-+b") == tokens("ab") + len("<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -165,7 +176,6 @@ def test_json_schema() -> None:
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"unheard_of": 1}, "not supported"),
-        ({"messages": [{"role": "user", "content": "a<|im_end|>b"}]}, "control token"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "last message"),
         ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "messages.0"),

@@ -178,7 +178,6 @@ def test_studies_expire(fresh: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"question": "a", "images": [{"index": 0, "window": "nan,1"}]}, "finite"),
         ({"question": "a", "images": [{"index": 0, "window": "1,-5"}]}, "above 0"),
         ({"question": "a", "images": [{"index": 0}] * 17}, "17 images"),
-        ({"question": "<|im_start|>"}, "control token"),
     ],
 )
 def test_bad_questions(
