@@ -62,7 +62,12 @@ _DYNAMIC_ROWS = Encoding(kind="dynamic", per_token=True)
 RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(),
     "fp16": Recipe(dtype="float16"),
-    "int8": Recipe(matrix=_INT8, head=_INT8, vision_normed=_DYNAMIC, vision_free=_DYNAMIC_ROWS),
+    "int8": Recipe(
+        matrix=_DYNAMIC_ROWS,
+        head=_INT8,
+        vision_normed=_DYNAMIC,
+        vision_free=_DYNAMIC_ROWS,
+    ),
     "int4": Recipe(matrix=_INT4, head=_INT8, vision_normed=_DYNAMIC, vision_free=_DYNAMIC_ROWS),
 }
 

@@ -104,6 +104,7 @@ class Weights:
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     _inputs: dict[tuple[str, float], str] = field(default_factory=dict)
+    _coded: dict[str, tuple[str, str, str, str]] = field(default_factory=dict)
 
     def vector(self, name: str) -> str:
         """A tensor in the graph's type, shape unchanged: norms, biases, position tables."""
@@ -197,6 +198,22 @@ class Weights:
             self._inputs[x, scale] = self.graph.add("DequantizeLinear", codes, stored, zero)
         return self._inputs[x, scale]
 
+    def coded_rows(self, x: str) -> tuple[str, str, str, str]:
+        """(uint8 codes of x, largest value of each row [.., 1], step, zero point), made once.
+
+        x = (codes - zero point) * step * largest value. The operators for int8 know one scale of
+        their whole input, so the rows are made equally large first.
+        """
+        if x not in self._coded:
+            graph = self.graph
+            largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant([-1]), keepdims=1)
+            size = graph.add("Max", largest, graph.constant(1e-12, np.float32))
+            step = graph.constant(1 / 127, np.float32)
+            zero = graph.constant(128, np.uint8)
+            codes = graph.add("QuantizeLinear", graph.add("Div", x, size), step, zero)
+            self._coded[x] = codes, size, step, zero
+        return self._coded[x]
+
 
 def _float(weights: Weights, x: str, name: str, encoding: Encoding, bias: str) -> str:
     out, width = weights.matrix_shape(name)
@@ -246,11 +263,9 @@ def _dynamic(weights: Weights, x: str, name: str, encoding: Encoding, bias: str)
         optional = ["", weights.vector(bias)] if bias else []
         inputs = (x, codes, scales, *optional)
         return weights.graph.add("DynamicQuantizeMatMul", *inputs, domain=CONTRIB)
-    # The operator has one scale for its whole input: divide every row by its largest value first.
-    graph = weights.graph
-    largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant([-1]), keepdims=1)
-    size = graph.add("Max", largest, graph.constant(1e-12, np.float32))
-    y = graph.add("DynamicQuantizeMatMul", graph.add("Div", x, size), codes, scales, domain=CONTRIB)
+    graph, (coded, size, step, zero) = weights.graph, weights.coded_rows(x)
+    inputs = (coded, codes, step, scales, zero)
+    y = graph.add("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
     return weights.add_bias(graph.add("Mul", y, size), bias)
 
 
