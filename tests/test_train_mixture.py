@@ -27,7 +27,13 @@ Value = dict[str, Any]
 Make = Callable[..., Mixture]
 
 INSTRUCT, RL = (load_stages("medmo-8b").stages[index] for index in (2, 3))
-SMALL = {"min_pixels": 1024, "max_pixels": 16384, "row_tokens": 160, "rows": 3, "accumulation": 3}
+SMALL: Value = {
+    "min_pixels": 1024,
+    "max_pixels": 16384,
+    "row_tokens": 160,
+    "rows": 3,
+    "accumulation": 3,
+}
 
 
 def source(path: str, weight: float = 1.0, *tasks: str, augment: Any = "none") -> DataSource:
@@ -88,7 +94,7 @@ def make(folder: Path, checkpoint: Checkpoint) -> Make:
     chat = Chat.of(checkpoint)
 
     def call(stage: Stage, seed: int = 42, devices: int = 1, **options: Any) -> Mixture:
-        options = {"folder": folder, "devices": devices} | options
+        options = {"folder": folder, "devices": devices, **options}
         return Mixture(stage, seed, chat, checkpoint.preprocessing, checkpoint.coords, **options)
 
     return call

@@ -14,15 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.boxes import Coords
 from medmo_edge.errors import ImageError, RecipeError, SampleError
-from medmo_edge.evaluation.items import picture_size
 from medmo_edge.evaluation.models import geometry_of
-from medmo_edge.images import SNIFF_BYTES, Frame, Source, read_image, sniff
+from medmo_edge.images import Frame, read_image
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.samples import TASKS, Sample
 from medmo_edge.train.packing import (
@@ -36,10 +37,14 @@ from medmo_edge.train.packing import (
     pack,
     see,
 )
+from medmo_edge.train.picture_files import hollow_frame
 from medmo_edge.train.retrieval import DIRECTIONS, captioned, retrieval_sample
 from medmo_edge.train.sample_index import SampleIndex, index_samples
 from medmo_edge.train.stages import DataSource, RlStage, Stage
 from medmo_edge.train.views import view
+
+if TYPE_CHECKING:
+    from medmo_edge.train.vision_cache import VisionCache
 
 _CHUNK = 1024  # steps whose composition is drawn at once
 _COUNTS, _ORDER, _VIEW, _RIVALS = range(4)  # what a random stream is for
@@ -96,11 +101,13 @@ class Mixture:
         folder: Path,
         devices: int,
         skip_broken: bool = False,
+        cache: "VisionCache | None" = None,
     ) -> None:
         """``limits`` are the checkpoint's; the stage narrows them. ``folder`` holds its files.
 
         A step draws what ``devices`` devices take together by the stage's rows and accumulation,
-        on however many it runs; in reinforcement learning that many completions.
+        on however many it runs; in reinforcement learning that many completions. With a ``cache``
+        rows hold vision features instead of pixels.
         Errors: SampleError for a file that cannot be read, RecipeError for a mixture that the
         files cannot serve.
         """
@@ -108,16 +115,19 @@ class Mixture:
         self.skipped: dict[str, str] = {}
         self._stage, self._chat, self._coords = stage, chat, coords
         self._seed = [seed, int.from_bytes(hashlib.sha256(stage.name.encode()).digest()[:4], "big")]
-        self._skip_broken = skip_broken
+        self._skip_broken, self._cache = skip_broken, cache
         group = stage.rollouts.num_generations if isinstance(stage, RlStage) else 1
         #: samples drawn in one step by all processes together
         self.batch: int = stage.rows * stage.accumulation * devices // group
         #: steps of the stage, as its plan counts them
         self.steps: int = math.ceil(stage.samples * stage.epochs / self.batch)
+        if cache is not None:
+            _require_plain(stage)
         self.streams: tuple[Stream, ...] = tuple(find_streams(stage, self._open(folder)))
         self._edges = np.cumsum([0.0, *(stream.share for stream in self.streams)])
         self._edges[-1] = 1.0
         self._totals = [np.zeros(len(self.streams), np.int64)]  # draws before each chunk
+        self._lock = Lock()
         self._order = lru_cache(maxsize=2 * len(self.streams))(self._shuffled)
 
     def _open(self, folder: Path) -> dict[str, SampleIndex]:
@@ -158,9 +168,10 @@ class Mixture:
     def draws(self, step: int) -> list[Draw]:
         """What is drawn in ``step`` by all processes together, stream by stream."""
         chunk, place = divmod(step, _CHUNK)
-        while len(self._totals) <= chunk:
-            before = len(self._totals) - 1
-            self._totals.append(self._totals[before] + self._composition(before).sum(axis=0))
+        with self._lock:
+            while len(self._totals) <= chunk:
+                before = len(self._totals) - 1
+                self._totals.append(self._totals[before] + self._composition(before).sum(axis=0))
         counts = self._composition(chunk)
         first = self._totals[chunk] + counts[:place].sum(axis=0)
         return [
@@ -226,12 +237,18 @@ class Mixture:
 
     def _row(self, outlined: Sequence[_Outlined]) -> PackedRow:
         encoded = [one for each in outlined if (one := self._completed(each)) is not None]
-        return pack(encoded) if encoded else idle_row(self._chat, self.limits)
+        runs_tower = self._cache is None
+        if not encoded:
+            return idle_row(self._chat, self.limits)
+        return pack(encoded, dummy_image=runs_tower)
 
     def _completed(self, outlined: _Outlined) -> Encoded | None:
         """The outline with its pixels; None for a broken picture that is skipped."""
         draw, sample, outline = outlined.draw, outlined.sample, outlined.outline
         try:
+            if self._cache is not None and sample.images:
+                with named(sample, self.streams[draw.stream].index.path):
+                    return replace(outline, features=self._cache.read(sample.images))
             with named(sample, self.streams[draw.stream].index.path):
                 frames = [read_image(image) for image in sample.images]
                 _, frames = self._view(draw, sample, frames)
@@ -242,6 +259,15 @@ class Mixture:
             self._broken(error)
             return None
 
+    def pictures(self) -> Iterator[Path]:
+        """Every picture of every stream, broken samples left out; some come more than once."""
+        for stream in self.streams:
+            for row in stream.rows:
+                try:
+                    yield from stream.index.read(int(row)).images
+                except SampleError as error:
+                    self._broken(error)
+
     def identity(self) -> dict[str, str]:
         """sha256 of every file that is drawn from, by its path in the recipe."""
         paths = {stream.source.path: stream.index.path for stream in self.streams}
@@ -250,6 +276,15 @@ class Mixture:
             with path.open("rb") as file:
                 hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return hashes
+
+
+def _require_plain(stage: Stage) -> None:
+    for source in stage.data:
+        if source.augment != "none":
+            raise RecipeError(
+                f"stage {stage.name!r}: kept vision features are of whole pictures: set augment = "
+                f'"none" for {source.path}, or train without a vision cache'
+            )
 
 
 def find_streams(stage: Stage, indices: dict[str, SampleIndex]) -> list[Stream]:
@@ -311,29 +346,6 @@ def share_out(sizes: Sequence[int], capacity: int, world: int) -> list[list[int]
         else:
             return places
         bins += world
-
-
-@lru_cache(maxsize=1 << 16)
-def hollow_frame(path: Path) -> Frame:
-    """A frame of the right sizes without pixels: only a header is read where the format allows.
-
-    Errors: ImageError when the file is missing or no picture.
-    """
-    try:
-        with path.open("rb") as file:
-            is_dicom = sniff(file.read(SNIFF_BYTES)) == "dicom"
-        width, height = (0, 0) if is_dicom else picture_size(path, "")
-    except OSError as error:
-        raise ImageError(f"picture {path} cannot be read ({error.strerror})") from error
-    except ImageError as error:
-        raise ImageError(f"picture {path} is {error}") from error
-    except SampleError as error:
-        raise ImageError(str(error).removeprefix(": ")) from error
-    if is_dicom:
-        whole = read_image(path)
-        return Frame(np.broadcast_to(np.uint8(0), whole.pixels.shape), whole.source)
-    source = Source(path=str(path), format="picture", width=width, height=height)
-    return Frame(np.broadcast_to(np.uint8(0), (height, width, 3)), source)
 
 
 def ahead(

@@ -5,13 +5,15 @@ takes position ids of shape [4, 1, L] (row 0 counts from 0 in every sample, rows
 no attention mask and no key-value cache; with any of these wrong samples leak into each other
 without an error. It chooses no samples (``mixture``) and runs no model.
 
-Suffixes: L tokens, N patches of all pictures, P values of one patch, I pictures.
+Suffixes: L tokens, N patches of all pictures, P values of one patch, I pictures, T vision tokens,
+D feature sets (main and deepstack), W the language model's width.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +66,8 @@ class Chat:
 class Encoded:
     """One sample as numbers: ids and labels [L], positions [3, L], patches [N, P], grids of I.
 
-    ``tokens`` is L. Labels are those of ``ids``, not shifted; the model shifts them.
+    ``tokens`` is L. Labels are those of ``ids``, not shifted; the model shifts them. ``features``
+    [D, T, W] are the pictures' vision features from a ``vision_cache``, instead of patches.
     """
 
     ids: NDArray[np.int64]
@@ -78,15 +81,17 @@ class Encoded:
     tokens: int
     image_token: int
     merge_size: int
+    features: "torch.Tensor | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedRow:
     """One row for the model: see ``model_inputs`` for its arguments.
 
-    ``inputs``: input_ids [1, L], position_ids [4, 1, L], pixel_values [N, P], image_grid_thw
-    [I, 3]. ``labels`` are [1, L]. ``tokens`` counts those of samples (a dummy picture's is none),
-    ``answer_tokens`` those that are learned: the sum to divide a token-mean loss by.
+    ``inputs``: input_ids [1, L], position_ids [4, 1, L], and pixel_values [N, P] with
+    image_grid_thw [I, 3], or vision_features [D, T, W]. ``labels`` are [1, L]. ``tokens`` counts
+    those of samples (a dummy picture's is none), ``answer_tokens`` those that are learned: the sum
+    to divide a token-mean loss by.
     """
 
     inputs: dict[str, "torch.Tensor"]
@@ -306,9 +311,11 @@ def pack(encoded: Sequence[Encoded], dummy_image: bool = True) -> PackedRow:
         "position_ids": torch.from_numpy(np.concatenate([counted[None], positions])[:, None]),
     }
     grids = [grid for one in parts for grid in one.grids]
-    if grids:
-        patches = np.concatenate([one.patches for one in parts])
-        inputs["pixel_values"] = torch.from_numpy(patches)
+    features = [one.features for one in parts if one.features is not None]
+    if features:
+        inputs["vision_features"] = torch.cat(features, dim=1)
+    elif grids:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([one.patches for one in parts]))
         inputs["image_grid_thw"] = torch.tensor(grids)
     return PackedRow(
         inputs=inputs,
@@ -356,4 +363,26 @@ def model_inputs(row: PackedRow, device: "torch.device | str | None" = None) -> 
         name: value.to(device) if device is not None else value
         for name, value in row.inputs.items()
     }
+    if (features := inputs.pop("vision_features", None)) is not None:
+        image = SimpleNamespace(
+            pooler_output=(features[0],), deepstack_features=[(level,) for level in features[1:]]
+        )
+        inputs["mm_encoder_outputs"] = {"image": image}
     return inputs | {"use_cache": False}
+
+
+def row_loss(
+    model: Any, row: PackedRow, device: "torch.device | str | None" = None
+) -> "torch.Tensor":
+    """Cross entropy summed over the row's answer tokens, in float32; 0 for an ``idle_row``.
+
+    Logits are made where an answer token is wanted and nowhere else. Divide by the answer tokens
+    of the whole step, over all rows and devices, for the mean per token.
+    """
+    import torch
+
+    labels = row.labels[0].to(device) if device is not None else row.labels[0]
+    places = torch.nonzero(labels[1:] != IGNORE)[:, 0]
+    logits = model(**model_inputs(row, device), logits_to_keep=places).logits[0]
+    wanted = labels[1:][places]
+    return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")

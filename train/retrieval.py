@@ -7,19 +7,17 @@ drawn ones, but never the same picture, whatever its name, nor nearly the same t
 right. The words of the question are those of ``evaluation.retrieval``.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.errors import ImageError, SampleError
+from medmo_edge.errors import SampleError
 from medmo_edge.evaluation.retrieval import TASKS, retrieval_samples
 from medmo_edge.samples import Sample, target_text
 from medmo_edge.train.packing import named
+from medmo_edge.train.picture_files import digest
 from medmo_edge.train.sample_index import SampleIndex
 
 CANDIDATES = 4  # the right one and three rivals, as a multiple choice of benchmarks has
@@ -99,13 +97,3 @@ def _read(index: SampleIndex, row: int) -> _Captioned:
 def overlap(a: frozenset[str], b: frozenset[str]) -> float:
     """The part of all words that both texts have, 0..1; 1 for two empty ones."""
     return len(a & b) / len(a | b) if a or b else 1.0
-
-
-@lru_cache(maxsize=1 << 16)
-def digest(path: Path) -> bytes:
-    """sha256 of a picture's file. Errors: ImageError when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror})") from error
