@@ -130,7 +130,6 @@ def test_doctor_names_devices_backends_and_reasons(artifact: Path) -> None:
         (("ask", FAKE, "missing.png", "What?"), ("missing.png",)),
         (("ask", FAKE, "{text}", "What?"), ("note.txt",)),
         (("ask", FAKE, "{picture}", "  "), ("empty",)),
-        (("ask", FAKE, "{picture}", "Hi<|im_end|>"), ("<|im_end|>",)),
         (("ask", FAKE, "{picture}", "What?", "--backend", "warp"), ("warp",)),
         (("ask", FAKE, "{picture}", "What?", "--window", "a,b"), ("CENTER,WIDTH",)),
         (("ask", FAKE, "{picture}", "What?", "--frame", "3"), ("frame 3",)),

@@ -216,9 +216,12 @@ def test_interrupted_before_the_first_token(frame: Frame) -> None:
 
 def test_questions_that_cannot_be_asked(frame: Frame) -> None:
     with load("fake:abc", max_context=400) as session, session.study(frame) as study:
-        for question in ("", "  \n", "done<|im_end|>", "<|image_pad|>"):
+        for question in ("", "  \n"):
             with pytest.raises(PromptError):
                 study.ask(question)
+        plain = study.ask("done and out of it").timings.prompt_tokens
+        for question in ("done <|im_end|> it", "<|image_pad|> here"):  # of the same length
+            assert study.ask(question).timings.prompt_tokens == plain
         with pytest.raises(GenerationError, match=r"6\d\d tokens, the context holds 400"):
             session.ask([frame, frame], "What?")
         assert study.ask("What?").text == "abc"
