@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +33,20 @@ _MOVES = frozenset(
 )
 
 
-def emulate_graph(source: Path, target: Path, *, rounded: bool = True) -> None:
+def emulate_graph(
+    source: Path, target: Path, *, rounded: bool = True, form: Literal["gqa", "scatter"] = "gqa"
+) -> None:
     """Write ``target`` and ``target`` + ".data": ``source`` in float32.
 
-    A decoder gets the inputs and outputs of the ``gqa`` form, which ``runtime.ort`` runs, and a
-    cache of any length. Weights are decoded once instead of in every run. Errors: ArtifactError for
-    a file that is no graph of ours, BackendUnavailable without the onnx and ml_dtypes packages.
+    A decoder gets a cache of any length and, with ``form`` "gqa", the inputs and outputs that
+    ``runtime.ort`` runs, for one sequence. Weights are decoded once instead of in every run.
+    Errors: ArtifactError for a file that is no graph of ours, BackendUnavailable without the onnx
+    and ml_dtypes packages.
     """
     rewriting = _Rewriting(model=_load(source), folder=source.parent, rounded=rounded)
     rewriting.rewrite_nodes()
     rewriting.rewrite_ends()
-    if "write_indices" in rewriting.kinds:
+    if form == "gqa" and "write_indices" in rewriting.kinds:
         _as_gqa(rewriting.model.graph)
     with target.with_name(f"{target.name}.data").open("wb") as data:
         rewriting.write_weights(data, f"{target.name}.data")
@@ -165,6 +168,8 @@ class _Rewriting:
             tensor = value.type.tensor_type
             if tensor.elem_type in (_FLOAT16, _BFLOAT16):
                 tensor.elem_type = _FLOAT
+            if _CACHE.match(value.name):
+                tensor.shape.dim[2].dim_param = "C"
         del self.model.graph.value_info[:]
 
     def write_weights(self, data: IO[bytes], location: str) -> None:
@@ -243,7 +248,6 @@ def _as_gqa(graph: "onnx.GraphProto") -> None:
             part = {"k": "key", "v": "value"}[match[2]]
             past = "past_key_values" if match[1] == "past" else "present"
             names[value.name] = value.name = f"{past}.{match[3]}.{part}"
-            value.type.tensor_type.shape.dim[2].dim_param = "C"
     for node in graph.node:
         for ends in (node.input, node.output):
             for index, name in enumerate(ends):

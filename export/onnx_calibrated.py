@@ -14,7 +14,7 @@ from medmo_edge.calibration import awq
 from medmo_edge.calibration.record import Record
 from medmo_edge.calibration.scales import fp8_scales
 from medmo_edge.checkpoint import Checkpoint
-from medmo_edge.export.onnx_encode import encode_int4, encode_nbits, encode_nvfp4, nvfp4_step
+from medmo_edge.export.onnx_encode import encode_int4, encode_nbits, nvfp4_step, round_nvfp4
 from medmo_edge.export.onnx_files import GraphOptions, Progress, Recipe
 from medmo_edge.export.onnx_linear import Encoding, Folding
 
@@ -72,12 +72,7 @@ def round_trip(rows: Rows, encoding: Encoding, dtype: np.dtype[Any]) -> Rows:
 def _through_nvfp4(rows: Rows, block: int) -> Rows:
     """The scale of the whole matrix is taken from these rows: a power of two more or less changes
     only the smallest block scales."""
-    import ml_dtypes
-
     step = nvfp4_step(float(np.abs(rows).max()))
-    packed, scales = encode_nvfp4(rows, block, step)
-    bits = np.stack([packed & 0xF, packed >> 4], axis=-1).reshape(rows.shape)
-    codes = bits.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    factors = scales.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * step
-    wide: Rows = (codes.reshape(len(rows), -1, block) * factors[:, :, None]).reshape(rows.shape)
+    codes, scales = round_nvfp4(rows, block, step)
+    wide: Rows = (codes * (scales.astype(np.float32) * step)[:, :, None]).reshape(rows.shape)
     return wide

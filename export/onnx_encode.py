@@ -20,6 +20,8 @@ _INT4_MAX = 7.0
 # Which part of a block's largest value becomes the largest code, and which code that is.
 _INT4_PARTS = (1.0, 0.9, 0.8)
 _FP4_TOPS = (6.0, 4.0)
+# Bits of FLOAT4E2M1 by twice the size of its value.
+_FP4_BITS = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], np.uint8)
 _INT8_MAX = 127.0
 
 Rows = NDArray[np.float32]
@@ -91,6 +93,15 @@ def encode_nvfp4(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Bits of FLOAT4E2M1, packed by two [n, in / 2], and of the block scales in FLOAT8E4M3FN
     [n, in / block]; value = code * block scale * ``step``.
+    """
+    codes, scales = round_nvfp4(rows, block, step)
+    flat = codes.reshape(rows.shape)
+    bits = _FP4_BITS[np.abs(2 * flat).astype(np.uint8)] | (np.signbit(flat) * np.uint8(8))
+    return _pack_nibbles(bits), scales.view(np.uint8)
+
+
+def round_nvfp4(rows: Rows, block: int, step: NDArray[np.float32]) -> tuple[Rows, NDArray[Any]]:
+    """Codes as numbers [n, in / block, block], and block scales in float8_e4m3fn.
 
     A block's largest value becomes 6 or 4, whichever has the smaller squared error: codes are wide
     apart at the top. Source: Cook et al., Four Over Six, arXiv 2512.02010.
@@ -103,21 +114,22 @@ def encode_nvfp4(
         np.minimum(largest / np.float32(top) / step, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
         for top in _FP4_TOPS
     ]
-    codes, scales = _least_lost(
-        groups,
-        tries,
-        step,
-        lambda values: np.clip(values, -FP4_MAX, FP4_MAX).astype(ml_dtypes.float4_e2m1fn),
-    )
-    bits = codes.astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & np.uint8(0xF)
-    return _pack_nibbles(bits.reshape(rows.shape)), scales.view(np.uint8)
+    return _least_lost(groups, tries, step, _nearest_fp4)
+
+
+def _nearest_fp4(values: Rows) -> Rows:
+    """To 0, 0.5, 1, 1.5, 2, 3, 4 or 6, ties to even, saturated."""
+    size = np.abs(values)
+    gap = np.where(size < 2, np.float32(0.5), np.where(size < 4, np.float32(1), np.float32(2)))
+    found: Rows = np.clip(np.rint(values / gap) * gap, -FP4_MAX, FP4_MAX)
+    return found
 
 
 def _least_lost(
     groups: Rows,
     tries: Sequence[NDArray[Any]],
     step: NDArray[np.float32] | np.float32,
-    rounded: Callable[[Rows], NDArray[Any]],
+    rounded: Callable[[Rows], Rows],
 ) -> tuple[Rows, NDArray[Any]]:
     """Codes [n, blocks, block] and scales [n, blocks]: per block the try that loses least.
 
@@ -127,7 +139,7 @@ def _least_lost(
     least = np.full(scales.shape, np.inf, np.float32)
     for each in tries:
         width = _divisor(each)[:, :, None] * step
-        found = rounded(groups / width).astype(np.float32)
+        found = rounded(groups / width)
         lost = found * width - groups
         error = np.einsum("nbk,nbk->nb", lost, lost)
         better = error < least
