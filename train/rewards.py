@@ -6,7 +6,7 @@ reasoning.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -257,11 +257,15 @@ def _geometry_values(geometry: Geometry) -> list[int]:
 
 def trl_reward(
     weights: Mapping[str, float] | None = None,
+    *,
+    iou_threshold: Callable[[float], float] = lambda progress: 0.0,
 ) -> Callable[..., list[float | None]]:
     """A reward function for TRL's trainers: ``f(prompts, completions, completion_ids, **kwargs)``.
 
     ``kwargs`` has the ``columns`` of every row as lists. Pass one function per reward (weights with
-    one name) to have each logged, or one for their mean. Errors of the function: SampleError.
+    one name) to have each logged, or one for their mean. ``iou_threshold`` gives the overlap below
+    which ``iou`` earns nothing from the part of all steps that is done. Errors of the function:
+    SampleError.
     """
     chosen = dict(DEFAULT_WEIGHTS if weights is None else weights)
 
@@ -271,11 +275,17 @@ def trl_reward(
         completion_ids: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
+        threshold = iou_threshold(_progress(kwargs.get("trainer_state")))
         cases = _cases(completions, kwargs)
-        return [combine(case, chosen) for case in cases]
+        return [combine(replace(case, iou_threshold=threshold), chosen) for case in cases]
 
     reward.__name__ = next(iter(chosen)) if len(chosen) == 1 else "medmo"
     return reward
+
+
+def _progress(state: Any) -> float:
+    """The part of its steps that a trainer has done; 0 where it does not say."""
+    return state.global_step / state.max_steps if state is not None and state.max_steps > 0 else 0.0
 
 
 def _cases(completions: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Case]:

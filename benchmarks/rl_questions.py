@@ -1,0 +1,189 @@
+"""Questions for ``rl_against_control.py``: drawn for training, held out for measuring; the report.
+
+No model is run here.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medmo_edge.evaluation.compare import Paired, paired
+from medmo_edge.evaluation.nano_cases import FIRST_SEED, PHANTOM_SIZE
+from medmo_edge.images import Frame
+from medmo_edge.prompts import locate_prompt, user_message
+from medmo_edge.samples import Sample
+from medmo_edge.train.questions import LOCATE, NODULE, PLATELET, WBC, Target, yes_no
+from medmo_edge.train.scenes import Scene, augment, chest_scene
+
+TRAINING_SEEDS = 10_000_000
+WITH_NODULE, WITHOUT = 300, 100
+LOCATED, PRESENT = 0.8, 0.1  # parts of the questions; the rest are numbers
+WORD_TOKENS = 8
+IMAGE = Path("drawn.png")  # never opened: frames are given
+
+Scores = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A sample with its picture, both as training sees them."""
+
+    sample: Sample
+    frame: Frame
+
+
+def draw(smears: Sequence[Scene], seed: int, step: int, place: int) -> Asked:
+    """The question at one place of one step, the same on every call."""
+    rng = np.random.default_rng([seed, step, place])
+    if place % 2:
+        scene, target = smears[int(rng.integers(len(smears)))], WBC
+    else:
+        scene = chest_scene.__wrapped__(TRAINING_SEEDS + int(rng.integers(10**8)))
+        target = NODULE
+    return ask(augment(scene, rng), target, rng)
+
+
+def ask(view: Scene, target: Target, rng: np.random.Generator) -> Asked:
+    """A question about a view, of a kind that chance decides."""
+    kind = rng.random()
+    one, many = target.singular[0], target.plural[0]
+    if kind < LOCATED:
+        plain = rng.random() < 0.5
+        form = LOCATE[int(rng.integers(len(LOCATE)))]
+        sample = located(
+            view, target, locate_prompt(one) if plain else form.format(one=one, many=many)
+        )
+    elif kind < LOCATED + PRESENT:
+        seen = PLATELET if target is WBC and rng.random() < 0.5 else target
+        sample = worded(f"Is there a {seen.singular[0]}?", yes_no(view.count(seen.label) > 0))
+    else:
+        sample = worded(f"How many {many} are there?", str(view.count(target.label)))
+    return Asked(sample, Frame.from_pixels(view.pixels))
+
+
+def located(view: Scene, target: Target, question: str) -> Sample:
+    """The sample of a question for boxes."""
+    return Sample(
+        id="drawn",
+        task="locate",
+        images=(IMAGE,),
+        messages=[user_message(question, 1)],
+        boxes=view.labelled(target.label),
+        answer=f"No {target.singular[0]} found.",
+    )
+
+
+def worded(question: str, answer: str) -> Sample:
+    """The sample of a question for a word or number."""
+    reply = {"role": "assistant", "content": answer}
+    messages = [user_message(question, 1), reply]
+    return Sample(
+        id="drawn", task="vqa", images=(IMAGE,), messages=messages, answer=answer.strip(".").lower()
+    )
+
+
+@dataclass
+class HeldOut:
+    """What no training sees."""
+
+    smears: Sequence[Scene]
+
+    @cached_property
+    def phantoms(self) -> list[Scene]:
+        """Phantoms from the evaluation's seeds on: the first with a nodule and without."""
+        kept: dict[bool, list[Scene]] = {True: [], False: []}
+        wanted = {True: WITH_NODULE, False: WITHOUT}
+        seed = FIRST_SEED
+        while any(len(kept[has]) < wanted[has] for has in kept):
+            scene = chest_scene.__wrapped__(seed, PHANTOM_SIZE)
+            has = scene.count(NODULE.label) > 0
+            if len(kept[has]) < wanted[has]:
+                kept[has].append(scene)
+            seed += 1
+        return kept[True] + kept[False]
+
+    def questions(self) -> Iterator[tuple[str, int, list[tuple[str, Asked]]]]:
+        """(what, tokens to answer in, pictures with their question), in the plainest wording."""
+        some = self.phantoms[-2 * WITHOUT :]  # as many with a nodule as without
+        for target, scenes in ((NODULE, self.phantoms), (WBC, self.smears)):
+            boxes = [located(one, target, locate_prompt(target.singular[0])) for one in scenes]
+            yield f"{target.label} IoU", 64, _items(scenes, boxes)
+        question = f"How many {WBC.plural[0]} are there?"
+        counts = [worded(question, str(one.count(WBC.label))) for one in self.smears]
+        yield "WBC count", WORD_TOKENS, _items(self.smears, counts)
+        for target, scenes in ((NODULE, some), (PLATELET, self.smears)):
+            question = f"Is there a {target.singular[0]}?"
+            seen = [worded(question, yes_no(one.count(target.label) > 0)) for one in scenes]
+            yield f"{target.label} presence", WORD_TOKENS, _items(scenes, seen)
+
+
+def _items(scenes: Sequence[Scene], samples: Sequence[Sample]) -> list[tuple[str, Asked]]:
+    return [
+        (str(index), Asked(sample, Frame.from_pixels(scene.pixels)))
+        for index, (scene, sample) in enumerate(zip(scenes, samples, strict=True))
+    ]
+
+
+def values_of(scores: Scores, what: str) -> tuple[list[float], list[str]]:
+    """One value per true box, or per word; and the picture of each."""
+    values: list[float] = []
+    pictures: list[str] = []
+    for score in scores:
+        if score["what"] == what:
+            own = score["ious"] if "ious" in score else [score["value"]]
+            values += own
+            pictures += [score["picture"]] * len(own)
+    return values, pictures
+
+
+def kinds(scores: Scores) -> list[str]:
+    """What was asked, in order."""
+    return list(dict.fromkeys(score["what"] for score in scores))
+
+
+def brief(scores: Scores) -> str:
+    """Means on one line, with the parts of boxes above 0.5 and 0.75, and boxes too many."""
+    parts = []
+    for what in kinds(scores):
+        values = np.array(values_of(scores, what)[0])
+        text = f"{what} {values.mean():.4f}"
+        if what.endswith("IoU"):
+            extra = sum(score["extra"] for score in scores if score["what"] == what)
+            text += f" ({np.mean(values >= 0.5):.3f} / {np.mean(values >= 0.75):.3f}, +{extra})"
+        parts.append(text)
+    return ", ".join(parts)
+
+
+def render(folders: Sequence[Path]) -> str:
+    """Every run at its end, and the paired differences to the start and to the last run."""
+    ends = {
+        folder.name: json.loads((folder / "answers-end.json").read_text()) for folder in folders
+    }
+    start = json.loads((folders[0] / "answers-start.json").read_text())
+    lines = [f"start: {brief(start['scores'])}"]
+    lines += [
+        f"{name}: {end['step']} steps, {end['seconds']} CPU s: {brief(end['scores'])}"
+        for name, end in ends.items()
+    ]
+    last = folders[-1].name
+    pairs = [(start, end, f"{name} - start") for name, end in ends.items()]
+    pairs += [(ends[last], end, f"{name} - {last}") for name, end in ends.items() if name != last]
+    for first, second, title in pairs:
+        lines.append(f"\n{title} (95 % interval over pictures, p of sign flips)")
+        lines += [
+            f"  {what}: {_difference(first, second, what)}" for what in kinds(start["scores"])
+        ]
+    return "\n".join(lines)
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any], what: str) -> str:
+    a, pictures = values_of(first["scores"], what)
+    b, _ = values_of(second["scores"], what)
+    found: Paired = paired(a, b, pictures)
+    low, high = found.interval
+    return f"{found.difference:+.4f} [{low:+.4f}, {high:+.4f}] p = {found.p_value:.4f}"
