@@ -72,12 +72,18 @@ class Setting:
     batch: int
     stage: Stage
 
-    def mixture(self, **options: Any) -> Mixture:
+    def mixture(self) -> Mixture:
         """The samples as our own training draws them."""
         opened = self.checkpoint
-        chat = Chat.of(opened)
-        options |= {"folder": self.folder, "devices": 1}
-        return Mixture(self.stage, 1, chat, opened.preprocessing, opened.coords, **options)
+        return Mixture(
+            self.stage,
+            1,
+            Chat.of(opened),
+            opened.preprocessing,
+            opened.coords,
+            folder=self.folder,
+            devices=1,
+        )
 
 
 class PictureProcessor(Qwen3VLProcessor):
@@ -207,7 +213,9 @@ def our_form(
         use_linear_patches(model)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.0)
-    mixture = setting.mixture(cache=cache)
+    mixture = setting.mixture()
+    if cache is not None:
+        mixture.use(cache)
 
     def run(number: int) -> Pace:
         start = now()

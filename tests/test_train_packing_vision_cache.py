@@ -21,8 +21,14 @@ from medmo_edge.samples import Sample, write_samples
 from medmo_edge.train import vision_cache
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, row_loss
+from medmo_edge.train.parallel import Group
 from medmo_edge.train.stages import DataSource, Stage, load_stages
-from medmo_edge.train.vision_cache import VisionCache, reason_against, tower_sha256
+from medmo_edge.train.vision_cache import (
+    VisionCache,
+    keep_features,
+    reason_against,
+    tower_sha256,
+)
 
 SIZES = [(64, 96), (128, 64), (96, 96)]
 
@@ -70,9 +76,19 @@ def stage(pictures: list[Path]) -> Stage:
     )
 
 
-def mixture(stage: Stage, checkpoint: Checkpoint, folder: Path, **options: Any) -> Mixture:
+def mixture(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    folder: Path,
+    cache: VisionCache | None = None,
+    skip_broken: bool = False,
+) -> Mixture:
     chat, limits = Chat.of(checkpoint), checkpoint.preprocessing
-    return Mixture(stage, 1, chat, limits, checkpoint.coords, folder=folder, devices=1, **options)
+    options: dict[str, Any] = {"folder": folder, "devices": 1, "skip_broken": skip_broken}
+    made = Mixture(stage, 1, chat, limits, checkpoint.coords, **options)
+    if cache is not None:
+        made.use(cache)
+    return made
 
 
 def test_the_loss_is_that_of_computed_features(
@@ -196,3 +212,31 @@ def test_who_may_use_it(stage: Stage, checkpoint: Checkpoint, model: Any, tmp_pa
     cache = VisionCache.open(tmp_path / "cache", model, checkpoint.preprocessing)
     with pytest.raises(RecipeError, match='set augment = "none" for set.jsonl'):
         mixture(turning, checkpoint, tmp_path, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "free", "kept"),
+    [
+        ({"samples": 6}, 10**9, True),
+        ({"samples": 5}, 10**9, False),  # three pictures, not shown twice
+        ({"samples": 5, "epochs": 1.2}, 10**9, True),
+        ({"samples": 6}, 10**5, False),
+        ({"samples": 6, "trainable": ("language", "merger")}, 10**9, False),
+    ],
+)
+def test_features_are_kept_where_it_pays(
+    stage: Stage,
+    checkpoint: Checkpoint,
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    free: int,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free))
+    wanted = replace(stage, **changes)
+    one = mixture(wanted, checkpoint, tmp_path)
+    cache = keep_features(one, wanted, model, tmp_path / "kept", Group(), "float32")
+    assert (cache is not None) == kept
+    assert ("vision_features" in one.rows(0, 0, 1)[0].inputs) == kept

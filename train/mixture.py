@@ -101,13 +101,11 @@ class Mixture:
         folder: Path,
         devices: int,
         skip_broken: bool = False,
-        cache: "VisionCache | None" = None,
     ) -> None:
         """``limits`` are the checkpoint's; the stage narrows them. ``folder`` holds its files.
 
         A step draws what ``devices`` devices take together by the stage's rows and accumulation,
-        on however many it runs; in reinforcement learning that many completions. With a ``cache``
-        rows hold vision features instead of pixels.
+        on however many it runs; in reinforcement learning that many completions.
         Errors: SampleError for a file that cannot be read, RecipeError for a mixture that the
         files cannot serve.
         """
@@ -115,14 +113,13 @@ class Mixture:
         self.skipped: dict[str, str] = {}
         self._stage, self._chat, self._coords = stage, chat, coords
         self._seed = [seed, int.from_bytes(hashlib.sha256(stage.name.encode()).digest()[:4], "big")]
-        self._skip_broken, self._cache = skip_broken, cache
+        self._skip_broken = skip_broken
+        self._cache: VisionCache | None = None
         group = stage.rollouts.num_generations if isinstance(stage, RlStage) else 1
         #: samples drawn in one step by all processes together
         self.batch: int = stage.rows * stage.accumulation * devices // group
         #: steps of the stage, as its plan counts them
         self.steps: int = math.ceil(stage.samples * stage.epochs / self.batch)
-        if cache is not None:
-            _require_plain(stage)
         self.streams: tuple[Stream, ...] = tuple(find_streams(stage, self._open(folder)))
         self._edges = np.cumsum([0.0, *(stream.share for stream in self.streams)])
         self._edges[-1] = 1.0
@@ -136,6 +133,14 @@ class Mixture:
             if source.path not in indices:
                 indices[source.path] = index_samples(folder / source.path, self._broken)
         return indices
+
+    def use(self, cache: "VisionCache") -> None:
+        """From here on rows hold vision features of ``cache`` instead of pixels.
+
+        Errors: RecipeError when a file's pictures are augmented.
+        """
+        _require_plain(self._stage)
+        self._cache = cache
 
     def _broken(self, error: SampleError) -> None:
         if not self._skip_broken:

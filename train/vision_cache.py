@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 from medmo_edge.errors import ImageError, UsageError
 from medmo_edge.images import read_image
 from medmo_edge.preprocess import Preprocessing, grid_thw, patchify, resize, smart_resize
+from medmo_edge.train.mixture import Mixture
+from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.picture_files import digest, hollow_frame
-from medmo_edge.train.stages import Stage
+from medmo_edge.train.stages import RlStage, Stage
 
 if TYPE_CHECKING:
     import torch
 
+DISK_PART = 0.25  # of what is free: features are a convenience, checkpoints are not
 PATCHES = 4096  # of several pictures in one pass of the tower; one picture may have more
 _ALIGNED = 64  # bytes; where the first of several features begins
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,12 +39,46 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 def reason_against(stage: Stage) -> str | None:
     """Why a stage cannot use kept features, or None when it can."""
+    if isinstance(stage, RlStage):
+        return f"stage {stage.name!r} samples answers, which look at pictures themselves"
     learning = [module for module in ("vision", "merger") if module in stage.trainable]
     if learning:
         return f"stage {stage.name!r} trains the {learning[0]}, so its features change"
     if any(source.augment != "none" for source in stage.data):
         return f"stage {stage.name!r} augments pictures, so no view comes twice"
     return None
+
+
+def keep_features(
+    mixture: Mixture, stage: Stage, model: Any, folder: Path, group: Group, precision: str
+) -> "VisionCache | None":
+    """Let ``mixture`` read features from a cache below ``folder``, where that is possible and pays.
+
+    It pays when pictures come twice or more on average and their features take no more than
+    ``DISK_PART`` of the free disk. All processes call it, before the model is spread over them;
+    one computes. Gives the cache, or None when pictures stay pixels.
+    """
+    if reason_against(stage) is not None:
+        return None
+    cache = VisionCache.open(folder, model, mixture.limits)
+    missing = cache.missing(mixture.pictures())
+    count, free = len(missing) + len(cache), shutil.disk_usage(folder).free
+    pays = count and stage.samples * stage.epochs >= 2 * count
+    fits = cache.size(missing) <= DISK_PART * free
+    group.wait()  # all have looked before one begins to write
+    if not (pays and fits):
+        return None
+    if group.leads and missing:
+        tower = model.model.visual
+        home = next(tower.parameters()).device
+        with arithmetic(model, group, precision):
+            tower.to(group.device)
+            cache.fill(model, missing)
+            tower.to(home)
+    group.wait()
+    whole = VisionCache.open(folder, model, mixture.limits)
+    mixture.use(whole)
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +151,8 @@ class VisionCache:
 
         Pictures that cannot be read are left out. Errors: UsageError when the disk is too small.
         """
-        missing = self._missing(images)
-        self._require_space(missing.values())
+        missing = self.missing(images)
+        self._require_space(missing)
         before = len(self)
         for batch in _batches(missing):
             seen = {image: pixels for image in batch if (pixels := self._see(image)) is not None}
@@ -123,7 +160,7 @@ class VisionCache:
                 self._append(list(seen), self._compute(model, list(seen.values())))
         return len(self) - before
 
-    def _missing(self, images: Iterable[Path]) -> dict[Path, int]:
+    def missing(self, images: Iterable[Path]) -> dict[Path, int]:
         """Pictures of different content that are not in the cache, with their patches."""
         found: dict[bytes, tuple[Path, int]] = {}
         for image in images:
@@ -137,8 +174,12 @@ class VisionCache:
                 continue  # the mixture names it, with the line of its sample
         return dict(found.values())
 
-    def _require_space(self, patches: Iterable[int]) -> None:
-        needed = self._size(sum(patches) // self.limits.merge_size**2)
+    def size(self, images: Mapping[Path, int]) -> int:
+        """Bytes that the features of pictures of so many patches take."""
+        return self._size(sum(images.values()) // self.limits.merge_size**2)
+
+    def _require_space(self, images: Mapping[Path, int]) -> None:
+        needed = self.size(images)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UsageError(
