@@ -19,9 +19,10 @@ import click
 from medmo_edge import __version__
 from medmo_edge.build_command import build
 from medmo_edge.errors import MedmoError
+from medmo_edge.train.merge_command import merge
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = "samples train calibrate export build verify eval ask serve node doctor demo".split()
+_IN_ORDER = "samples train merge calibrate export build verify eval ask serve node doctor demo".split()
 
 
 class _RoadGroup(click.Group):
@@ -68,14 +69,17 @@ def samples(**options: Any) -> None:
 @click.argument("recipe")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New folder.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder of the recipe's data sets.")
+@click.option("--base", type=click.Path(path_type=Path), help="Checkpoint that it starts from.")
 @click.option("--resume", is_flag=True, help="Go on from the newest complete step in the output.")
+@click.option("--skip-broken", is_flag=True, help="Leave samples out that cannot be used.")
 @click.option("--stage", help="Only this stage, by name or kind (pretrain, instruct, rl).")
 @click.option("--dry-run", "plan_only", is_flag=True, help="Print what it needs; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def train(**options: Any) -> None:
     """Train a checkpoint by RECIPE.
 
-    RECIPE is a TOML file or one of the packaged nano, smoke, medmo-4b, medmo-8b.
+    RECIPE is a TOML file or one of the packaged nano, smoke, medmo-4b, medmo-8b. Many GPUs:
+    torchrun ... -m medmo_edge train RECIPE.
     """
     from medmo_edge.train.command import run_train
 
@@ -147,6 +151,7 @@ def export(checkpoint: str, target: str, output: Path, as_json: bool, **options:
 
 
 cli.add_command(build)
+cli.add_command(merge)
 
 
 @cli.command(name="eval")

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.cli import cli
-from medmo_edge.errors import RecipeError, UsageError
+from medmo_edge.errors import UsageError
 from medmo_edge.model_config import ModelConfig, TextConfig, VisionConfig
 from medmo_edge.train.dry_run import advice, dry_run, format_plan
 from medmo_edge.train.estimates import (
@@ -304,10 +304,10 @@ def test_stages_are_chosen_and_refused() -> None:
     assert [stage["stage"] for stage in plan["stages"]] == ["pretrain-768", "pretrain-1280"]
     cases: list[tuple[list[str], type[Exception], str]] = [
         (["medmo-8b", "--dry-run", "--stage", "sft"], UsageError, "has no stage 'sft': it has pre"),
-        (["medmo-8b", "-o", "x"], RecipeError, "stage 'pretrain-768' .pretrain. cannot be run yet"),
-        (["medmo-8b", "-o", "x", "--stage", "rl"], RecipeError, "reinforcement learning is not"),
+        (["medmo-8b", "-o", "x"], UsageError, "starts from Qwen/Qwen3-VL-8B-Instruct, which is no"),
+        (["medmo-8b", "-o", "x", "--stage", "rl"], UsageError, "x/instruct/checkpoint, which does"),
         (["medmo-8b", "-o", "x", "--stage", "no"], UsageError, "has no stage 'no'"),
-        (["smoke", "-o", "x", "--stage", "rl"], UsageError, "recipe smoke has no stages"),
+        (["smoke", "-o", "x", "--stage", "rl"], UsageError, "has no stage .rl.: it has"),
         (["smoke"], UsageError, "needs a new folder: give it with -o"),
     ]
     for arguments, kind, message in cases:

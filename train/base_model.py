@@ -22,8 +22,10 @@ from medmo_edge.prompts import ChatTemplate
 from medmo_edge.tokenizer import Tokenizer
 from medmo_edge.train.architecture import use_linear_patches
 from medmo_edge.train.estimates import module_of
-from medmo_edge.train.lora import ADAPTER_CONFIG, add_adapters, base_of, merge_into
+from medmo_edge.train.lora import add_adapters
+from medmo_edge.train.packing import Chat
 from medmo_edge.train.stages import Module
+from medmo_edge.train.state import sync
 
 if TYPE_CHECKING:
     import torch
@@ -75,18 +77,18 @@ class Base:
     precision: Precision
     device: str
 
+    @property
+    def chat(self) -> Chat:
+        """How the checkpoint writes conversations."""
+        return Chat(tokenizer=self.tokenizer, template=self.template)
+
 
 def load_base(path: str | Path, *, precision: Precision = "bfloat16", device: str = "cpu") -> Base:
-    """Load a checkpoint folder, "nano", or a LoRA adapter folder with its base merged in.
+    """Load a checkpoint folder, or "nano".
 
-    Errors: CheckpointError for a folder that is damaged or of another model; UsageError without
-    the training libraries.
+    Errors: CheckpointError for a folder that is damaged or of another model, or an adapter (see
+    ``merge``); UsageError without the training libraries.
     """
-    folder = Path(path)
-    if (folder / ADAPTER_CONFIG).is_file():
-        under = load_base(base_of(folder), precision=precision, device=device)
-        merge_into(under.model, folder)
-        return under
     with open_checkpoint(path) as opened:
         return _load(opened, precision, device)
 
@@ -197,24 +199,15 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def replace_folder(staging: Path, folder: Path) -> None:
     """Put a finished folder in place of another, durably: at no time is half of one there."""
     for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
+        sync(path)
+    sync(staging)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(staging, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Until this returns, a power cut could lose a file that is already named."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_weights(weights: "Weights", config: ModelConfig, folder: Path) -> None:

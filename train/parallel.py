@@ -89,23 +89,31 @@ def joined(device: str | None = None) -> Iterator[Group]:
 def spread(model: Any, stage: Stage, group: Group, precision: str) -> Any:
     """What to call instead of ``model`` so that all processes learn as one.
 
-    Sharding changes ``model`` in place: its parameters are then this process's part. What learns
-    must be set before. ``precision`` "bfloat16" computes in it and adds gradients in float32.
+    Brings ``model`` to the group's device. Sharding changes it in place: its parameters are then
+    this process's part. What learns must be set before. ``precision`` "bfloat16" computes in it
+    and adds gradients in float32.
     """
     if stage.gradient_checkpointing:
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        _checkpoint_activations(model)
     offloads = stage.offload and group.device != "cpu"  # where there is nowhere else to put it
     if offloads or (group.world > 1 and stage.sharding in SHARDED):
         return _shard(model, stage, group, precision)
+    model.to(group.device)
     if group.world == 1:
         return model
     from torch.nn.parallel import DistributedDataParallel
 
     places = [group.device] if group.device.startswith("cuda") else None
-    return DistributedDataParallel(
-        model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return DistributedDataParallel(model, device_ids=places, gradient_as_bucket_view=True)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Layers keep their input only and are computed again backward."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _shard(model: Any, stage: Stage, group: Group, precision: str) -> Any:
@@ -161,15 +169,20 @@ def without_exchange(model: Any, is_last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def whole_weights(model: Any, group: Group) -> "dict[str, torch.Tensor]":
+def whole_weights(
+    model: Any, group: Group, *, only_learned: bool = False
+) -> "dict[str, torch.Tensor]":
     """The state dict of the unwrapped ``model`` with whole tensors, for the process that leads.
 
     All processes must call it; the others get nothing. Names are those of a single process.
+    ``only_learned`` leaves frozen tensors out where a sharded model would have to gather them.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     if not is_sharded(model):
         return dict(model.state_dict()) if group.leads else {}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=only_learned
+    )
     weights: Any = get_model_state_dict(model, options=options)
     return weights if group.leads else {}
