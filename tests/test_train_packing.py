@@ -18,8 +18,10 @@ import transformers
 from medmo_edge.boxes import Box
 from medmo_edge.checkpoint import Checkpoint, open_checkpoint
 from medmo_edge.errors import SampleError
+from medmo_edge.preprocess import Preprocessing
 from medmo_edge.prompts import ChatTemplate, user_message
 from medmo_edge.samples import Sample
+from medmo_edge.tokenizer import Tokenizer
 from medmo_edge.train.packing import (
     IGNORE,
     Chat,
@@ -270,3 +272,18 @@ def test_a_template_that_does_not_continue_is_refused(checkpoint: Checkpoint) ->
     chat = Chat(tokenizer=checkpoint.load_tokenizer(), template=ChatTemplate(source))
     with pytest.raises(SampleError, match="chat template does not continue a prompt"):
         encode_sample(talk([]), chat, checkpoint.preprocessing, checkpoint.coords)
+
+
+def test_the_published_template_and_tokenizer(data_dir: Path) -> None:
+    """Qwen3's own files: a conversation cut into answers is the text rendered at once."""
+    folder = data_dir / "tokenizer"
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    template = ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    sample = talk([])
+    one = encode_sample(
+        sample, Chat(tokenizer=tokenizer, template=template), Preprocessing(), "norm1000"
+    )
+    text = template.render(sample.messages, add_generation_prompt=False).rstrip("\n")
+    assert one.ids.tolist() == tokenizer.encode(text)
+    told = tokenizer.encode("The left lobe shows a fracture.<|im_end|>17<|im_end|>")
+    assert one.labels[one.labels != IGNORE].tolist() == told
