@@ -140,6 +140,8 @@ def _ask_artifact(
 ) -> tuple[list[_Own | None], dict[str, Any]]:
     """What the artifact makes of the cases, and where it ran; or why it could not run here."""
     found: list[_Own | None] = []
+    if artifact.backend == "trt":
+        return [None] * len(drawn), {"obstacle": "its engines are built where they run"}
     try:
         with load(artifact.folder, verify=False) as session:
             observer = Observer(session)
