@@ -2,11 +2,13 @@
 
     python benchmarks/dicom_fuzz.py [--minutes 10] [--seed 0] [--json]
 
-Half of the time damaged files are read and made into all four results; anything but a MedmoError is
-a failure. The other half damaged associations (a recorded C-STORE with bytes flipped, cut or
-repeated) go to a node on the loopback interface, which must still answer C-ECHO afterwards, keep
-its threads and set aside what it cannot read. The model is ``fake:``. Not fuzzed: codecs in their
-own process (see dicom_corpus.py), TLS.
+For a third of the time damaged files are read in this process and made into all four results;
+anything but a MedmoError is a failure. For a third damaged compressed files go to the decoders of a
+pool, which may crash there, but every hundredth file is whole and must give the right pixels, and
+processes and open files must not pile up. For a third damaged associations (a recorded C-STORE with
+bytes flipped, cut or repeated) go to a node on the loopback interface, which must still answer
+C-ECHO afterwards, keep its threads and set aside what it cannot read. The model is ``fake:``. Not
+fuzzed: TLS.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from typing import Any
 
 import pydicom
 
+from medmo_edge.dicom_pool import DecoderPool
+from medmo_edge.dicom_process import IN_PROCESS
 from medmo_edge.errors import MedmoError
 from medmo_edge.images import read_image
 from medmo_edge.runtime.node import Node
@@ -36,6 +40,10 @@ from medmo_edge.runtime.session import load
 
 INSTALLED = Path(pydicom.__file__).parent / "data" / "test_files"
 FILES = ("CT_small.dcm", "MR_small.dcm", "examples_rgb_color.dcm", "examples_palette.dcm")
+COMPRESSED = (
+    *("MR_small_RLE.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"),
+    *("SC_rgb_jpeg_gdcm.dcm", "JPEG2000.dcm", "SC_rgb_rle_2frame.dcm", "CT_small.dcm"),
+)
 ANSWER = "fake:nodule <box>[[100, 200, 300, 400]]</box>"
 RULES = """
 [node]
@@ -94,6 +102,41 @@ def fuzz_files(folder: Path, seconds: float, chance: random.Random) -> dict[str,
                 failures.append(f"{type(error).__name__}: {error}")
                 (folder / f"failure-{len(failures)}.dcm").write_bytes(path.read_bytes())
     return {"outcomes": dict(outcomes), "failures": failures[:10], "count": len(failures)}
+
+
+def fuzz_pool(folder: Path, seconds: float, chance: random.Random) -> dict[str, Any]:
+    """Damaged compressed files to a decoder pool; counts by outcome and the first failures."""
+    outcomes: Counter[str] = Counter()
+    failures: list[str] = []
+    originals = [(INSTALLED / name).read_bytes() for name in COMPRESSED]
+    path, whole = folder / "damaged.dcm", INSTALLED / "CT_small.dcm"
+    expected = read_image(whole).pixels.tobytes()
+    with DecoderPool(1) as pool:
+        read_image(whole, decoders=pool)
+        files = len(os.listdir("/proc/self/fd"))
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            content = chance.choice(originals)
+            path.write_bytes(damage(content, chance, len(content)) or b"0")
+            try:
+                outcomes["read"] += bool(read_image(path, decoders=pool).pixels.size)
+            except MedmoError as error:
+                outcomes[_kind(str(error))] += 1
+            except Exception as error:
+                failures.append(f"{type(error).__name__}: {error}")
+                (folder / f"pool-{len(failures)}.dcm").write_bytes(path.read_bytes())
+            if sum(outcomes.values()) % 100 == 0:
+                if read_image(whole, decoders=pool).pixels.tobytes() != expected:
+                    failures.append("a whole file was read wrongly after a damaged one")
+                if len(os.listdir("/proc/self/fd")) > files:
+                    failures.append("open files pile up")
+    return {"outcomes": dict(outcomes), "failures": failures[:10], "count": len(failures)}
+
+
+def _kind(message: str) -> str:
+    """What became of the process, in a word."""
+    words = ("crashed", "memory", "processor time", "was stopped", "damaged answer", "exit code")
+    return next((word for word in words if word in message), "ImageError")
 
 
 class Recorder:
@@ -192,13 +235,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.environ["MEDMO_EDGE_DICOM_IN_PROCESS"] = "1"
     silence_libraries(lambda where, kind: None)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        files = fuzz_files(Path(name), options.minutes * 30, chance)
-        node = fuzz_node(Path(name), options.minutes * 30, chance)
-    result = {"files": files, "node": node, "passed": not files["count"] and node["works"]}
+        pool = fuzz_pool(Path(name), options.minutes * 20, chance)
+        os.environ[IN_PROCESS] = "1"
+        files = fuzz_files(Path(name), options.minutes * 20, chance)
+        node = fuzz_node(Path(name), options.minutes * 20, chance)
+    passed = not files["count"] and not pool["count"] and node["works"]
+    result = {"files": files, "pool": pool, "node": node, "passed": passed}
     print(json.dumps(result, indent=2) if options.json else result)
     sys.exit(0 if result["passed"] else 1)
 

@@ -202,6 +202,11 @@ def _decompress(payload: bytes, header: Header, layout: Layout) -> Stored:
             # pydicom puts a sentence about its plug-ins in front.
             reason = " ".join(str(error).split()).rsplit(f"{name}: ", 1)[-1]
             failures.append(f"{name}: {reason[:120]}")
+        # A decoder in Rust panics, with no Exception: a laxer one would show a wrong picture.
+        except BaseException as error:
+            if type(error).__module__ != "pyo3_runtime":
+                raise
+            raise ImageError(f"compressed frame is damaged: {name} cannot follow it") from None
     raise ImageError(
         f"{_syntax_name(header.transfer_syntax)} frame cannot be decoded ({'; '.join(failures)})"
     )

@@ -3,8 +3,10 @@
 import io
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pydicom.data
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,9 @@ from medmo_edge.dicom_decode import DECODER_MODULES, DECODERS, PACKAGES, decode_
 from medmo_edge.dicom_fragments import read_frame_payload
 from medmo_edge.dicom_header import UNDEFINED_LENGTH, Header, Layout
 from medmo_edge.errors import ImageError
+from medmo_edge.images import read_image
 
+INSTALLED = Path(pydicom.data.__file__).parent / "test_files"
 LITTLE, BIG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 JPEG = "1.2.840.10008.1.2.4.50"
 
@@ -209,3 +213,18 @@ def test_run_lengths_have_a_limit() -> None:
     check_rle(bytes(64) + bytes(2), 128)
     with pytest.raises(ImageError, match="cannot hold"):
         check_rle(bytes(64) + bytes(2), 129)
+
+
+def test_a_decoder_that_panics_means_a_damaged_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pylibjpeg-rle leaves its buffer here; its panic is no Exception, and no frame is shown."""
+    content = bytearray((INSTALLED / "MR_small_RLE.dcm").read_bytes())
+    assert content[3614] == 63
+    content[3614] = 34
+    path = tmp_path / "panic.dcm"
+    path.write_bytes(content)
+    for inside in ("0", "1"):
+        monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", inside)
+        with pytest.raises(ImageError, match="frame is damaged: pylibjpeg cannot follow it"):
+            read_image(path)
