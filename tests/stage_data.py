@@ -106,6 +106,8 @@ def write_recipe(
     recipe |= {"base": str(base), "precision": "float32", **(changes or {})}
     recipe["machine"] |= {"devices": 1}
     for stage in recipe["stages"]:
+        if stage["kind"] == "rl":
+            stage["rollouts"] |= {"max_prompt_tokens": 256, "max_completion_tokens": 8}
         stage |= _small(stage["kind"]) | {
             key: value for key, value in stage_changes.items() if key in stage
         }
@@ -128,7 +130,10 @@ def _small(kind: str) -> dict[str, Any]:
         "offload": False,
         "save_every": 2,
     }
-    return small | ({"rows": 4, "accumulation": 2, "samples": 4} if kind == "rl" else {})
+    if kind != "rl":
+        return small
+    judged = {"iou": 0.5, "format": 0.5, "yes_no": 1.0}  # rewards that apply to our few samples
+    return small | {"rows": 8, "samples": 8, "rewards": judged}
 
 
 def to_toml(values: Mapping[str, Any], path: str = "") -> str:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from medmo_edge.train.base_model import (
     set_trainable,
     write_json,
 )
+from medmo_edge.train.grpo import run_rl
 from medmo_edge.train.lora import adapter_config, write_adapter
 from medmo_edge.train.merge import merge_adapter
 from medmo_edge.train.mixture import ahead
@@ -35,11 +35,12 @@ from medmo_edge.train.stage_plan import CARD, Plan, make_plans, require_place
 from medmo_edge.train.stages import RlStage, Stage, StagedRecipe, read_stages
 from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.supervised import Supervised, build_optimizer
+from medmo_edge.train.vision_cache import keep_features
 
 if TYPE_CHECKING:
     import torch
 
-CHECKPOINT, ADAPTER = "checkpoint", "adapter"
+CHECKPOINT, ADAPTER, FEATURES = "checkpoint", "adapter", "vision-cache"
 
 
 def run_stages(
@@ -133,7 +134,7 @@ def train_stage(plan: Plan, start: Path, folder: Path, group: Group) -> None:
     if group.leads:
         _say_begin(prepared)
     if isinstance(plan.stage, RlStage):
-        _reinforce(prepared)
+        _reinforce(prepared, plan.stage)
     else:
         _supervise(prepared)
     _write(prepared, start, folder)
@@ -149,6 +150,8 @@ def prepare(plan: Plan, start: Path, folder: Path, group: Group) -> Prepared:
     base = replace(load_base(start, precision=recipe.precision), device=group.device)
     torch.manual_seed(recipe.seed)  # adapters begin at random, alike in every process
     set_trainable(base, stage.trainable, stage.lora_rank)
+    kept = folder.parent / FEATURES
+    keep_features(plan.mixture, stage, base.model, kept, group, recipe.precision)
     call = spread(base.model, stage, group, recipe.precision)
     base.model.train()
     optimizer = build_optimizer(base.model, stage.tuning)
@@ -193,14 +196,11 @@ def _supervise(prepared: Prepared) -> None:
         loop.run(learner.learn)
 
 
-def _reinforce(prepared: Prepared) -> None:
+def _reinforce(prepared: Prepared, stage: RlStage) -> None:
     plan = prepared.plan
-    run_rl = getattr(import_module("medmo_edge.train.grpo"), "run_rl", None)
-    if run_rl is None:
-        raise UsageError(f"stage {plan.stage.name!r}: reinforcement learning is not here yet")
     run_rl(
         prepared.base,
-        plan.stage,
+        stage,
         plan.mixture,
         prepared.loop.folder,
         recipe=plan.recipe,

@@ -5,6 +5,7 @@ there once. Nothing here knows what the figures mean, and nothing leaves this ma
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,12 +48,16 @@ class StepLog:
         return cls(folder=folder, title=title, board=_board(folder / BOARD, start))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line for ``step``, in full precision. Errors: OSError."""
-        line = json.dumps({"step": step, **metrics})
+        """One line for ``step``, in full precision; what is not finite is left out.
+
+        Errors: OSError.
+        """
+        known = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        line = json.dumps({"step": step, **known})
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
         if self.board is not None:
-            for name, value in metrics.items():
+            for name, value in known.items():
                 self.board.add_scalar(name, value, step)
 
     def draw(self) -> None:
