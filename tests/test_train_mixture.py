@@ -78,6 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index, size in enumerate([(64, 96), (128, 64), (40, 40), (32, 160), (90, 70)]):
         pixels = random.integers(0, 256, (*size, 3), np.uint8)
         Image.fromarray(pixels).save(path / f"{index}.png")
+    Image.new("RGB", (300, 1)).save(path / "line.png")
     write(path / "mixed.jsonl", [*map(vqa, range(11)), *map(text_qa, range(4))])
     write(path / "more.jsonl", [vqa(index, id=f"more-{index}") for index in range(5)])
     write(path / "boxes.jsonl", list(map(locate, range(7))))
@@ -282,6 +283,7 @@ BROKEN = [
     ({"messages": vqa(0)["messages"] * 2 + [{"role": "assistant", "content": ""}]}, "alternate"),
     ({"task": "vqas"}, "task 'vqas' is not one of"),
     ({"answer": 3}, "'answer' must be a text"),
+    ({"images": ["line.png"]}, "image of 300 x 1 pixels is longer than 200:1"),
     (
         {"messages": [{"role": "user", "content": "a<|im_end|>"}, vqa(0)["messages"][1]]},
         "control token",

@@ -101,6 +101,9 @@ def test_the_loss_is_that_of_computed_features(
     (row,), (other,) = computed.rows(0, 0, 1), kept.rows(0, 0, 1)
     assert row.sample_ids == other.sample_ids
     assert "pixel_values" not in other.inputs and "vision_features" in other.inputs
+    idle = min((kept.rows(0, rank, 5)[0] for rank in range(5)), key=lambda one: one.tokens)
+    assert idle.tokens == 0 and "pixel_values" not in idle.inputs  # nobody runs the tower
+    assert float(row_loss(model, idle).detach()) == 0
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
     losses = [row_loss(model, one) for one in (row, other)]
     assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-6)

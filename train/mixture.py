@@ -112,7 +112,10 @@ class Mixture:
         self.limits = replace(limits, min_pixels=stage.min_pixels, max_pixels=stage.max_pixels)
         self.skipped: dict[str, str] = {}
         self._stage, self._chat, self._coords = stage, chat, coords
-        self._seed = [seed, int.from_bytes(hashlib.sha256(stage.name.encode()).digest()[:4], "big")]
+        self._seed = [
+            seed % 2**64,
+            int.from_bytes(hashlib.sha256(stage.name.encode()).digest()[:4], "big"),
+        ]
         self._skip_broken = skip_broken
         self._cache: VisionCache | None = None
         group = stage.rollouts.num_generations if isinstance(stage, RlStage) else 1
@@ -218,8 +221,8 @@ class Mixture:
             with named(sample, path):
                 frames = [hollow_frame(image) for image in sample.images]
                 check_boxes(sample, [frame.source for frame in frames])
-            seen, frames = self._view(draw, sample, frames) if answered else (sample, frames)
-            geometries = [geometry_of(frame, self.limits) for frame in frames]
+                seen, frames = self._view(draw, sample, frames) if answered else (sample, frames)
+                geometries = [geometry_of(frame, self.limits) for frame in frames]
             outline = outline_sample(
                 seen,
                 geometries,
@@ -242,9 +245,10 @@ class Mixture:
 
     def _row(self, outlined: Sequence[_Outlined]) -> PackedRow:
         encoded = [one for each in outlined if (one := self._completed(each)) is not None]
+        # With features no device runs the tower, so none may wait for the others to run it.
         runs_tower = self._cache is None
         if not encoded:
-            return idle_row(self._chat, self.limits)
+            return idle_row(self._chat, self.limits, dummy_image=runs_tower)
         return pack(encoded, dummy_image=runs_tower)
 
     def _completed(self, outlined: _Outlined) -> Encoded | None:

@@ -326,10 +326,12 @@ def pack(encoded: Sequence[Encoded], dummy_image: bool = True) -> PackedRow:
     )
 
 
-def idle_row(chat: Chat, limits: Preprocessing) -> PackedRow:
+def idle_row(chat: Chat, limits: Preprocessing, dummy_image: bool = True) -> PackedRow:
     """A row without any sample, for a device that has none left: its summed loss is 0."""
-    merge, width = limits.merge_size, see((), limits).shape[1]
-    return replace(pack([_dummy(chat.image_token, merge, width)]), sample_ids=(), tokens=0)
+    dummy = _dummy(chat.image_token, limits.merge_size, see((), limits).shape[1])
+    if not dummy_image:
+        dummy = replace(dummy, grids=())
+    return replace(pack([dummy], dummy_image=False), sample_ids=(), tokens=0)
 
 
 def _first_ignored(labels: NDArray[np.int64]) -> NDArray[np.int64]:
