@@ -4,13 +4,14 @@ A plan (``--dry-run``) asks for the machine that the recipe names; this asks for
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 from medmo_edge.errors import RecipeError
 from medmo_edge.runtime.device import probe
 from medmo_edge.train.dry_run import advice
 from medmo_edge.train.estimates import GIB, Estimate, estimate_stage
 from medmo_edge.train.parallel import Group
-from medmo_edge.train.stages import Stage, StagedRecipe
+from medmo_edge.train.stages import RlStage, Stage, StagedRecipe
 
 
 def free_gib(group: Group) -> float:
@@ -22,11 +23,27 @@ def free_gib(group: Group) -> float:
     return float(torch.cuda.mem_get_info(group.device)[0]) / GIB
 
 
+def uses_vllm(stage: Stage) -> bool:
+    """Whether vLLM writes this stage's answers: it is asked for, and it is installed."""
+    wanted = isinstance(stage, RlStage) and stage.rollouts.engine != "generate"
+    return wanted and find_spec("vllm") is not None
+
+
+def as_run(stage: Stage, group: Group) -> Stage:
+    """The stage as it will run here: without vLLM where there is none, on a CPU nothing offloaded.
+
+    The CPU's memory is the place that offloading would put it to.
+    """
+    kept = replace(stage, offload=stage.offload and group.device != "cpu")
+    if isinstance(kept, RlStage) and not uses_vllm(kept):
+        return replace(kept, rollouts=replace(kept.rollouts, engine="generate"))
+    return kept
+
+
 def require_fit(recipe: StagedRecipe, stage: Stage, group: Group, memory_gib: float) -> Estimate:
     """The estimate of ``stage`` on ``group``. Errors: RecipeError when ``memory_gib`` is less."""
     machine = replace(recipe.machine, devices=group.world, device_memory_gib=memory_gib)
-    offloads = stage.offload and group.device != "cpu"  # where there is nowhere else to put it
-    estimate = estimate_stage(recipe.model, replace(stage, offload=offloads), machine)
+    estimate = estimate_stage(recipe.model, as_run(stage, group), machine)
     if not estimate.fits:
         devices = f"{group.world} of them" if group.world > 1 else "the only one"
         raise RecipeError(

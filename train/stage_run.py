@@ -25,7 +25,9 @@ from medmo_edge.train.base_model import (
     set_trainable,
     write_json,
 )
+from medmo_edge.train.capacity import uses_vllm
 from medmo_edge.train.grpo import run_rl
+from medmo_edge.train.grpo_trl import run_trl
 from medmo_edge.train.lora import adapter_config, write_adapter
 from medmo_edge.train.merge import merge_adapter
 from medmo_edge.train.mixture import ahead
@@ -130,6 +132,9 @@ class Prepared:
 
 def train_stage(plan: Plan, start: Path, folder: Path, group: Group) -> None:
     """Train one stage from the checkpoint ``start`` and write its own."""
+    if isinstance(plan.stage, RlStage) and uses_vllm(plan.stage):
+        _reinforce_in_trl(plan, plan.stage, start, folder)
+        return
     prepared = prepare(plan, start, folder, group)
     if group.leads:
         _say_begin(prepared)
@@ -208,6 +213,20 @@ def _reinforce(prepared: Prepared, stage: RlStage) -> None:
         optimizer=prepared.optimizer,
         loop=prepared.loop,
         group=prepared.group,
+    )
+
+
+def _reinforce_in_trl(plan: Plan, stage: RlStage, start: Path, folder: Path) -> None:
+    """Answers by vLLM: TRL's trainer, which saves, resumes and spreads in its own way."""
+    run_trl(
+        load_base(start, precision=plan.recipe.precision),
+        stage,
+        plan.mixture,
+        folder,
+        seed=plan.recipe.seed,
+        notes=plan.notes,
+        steps=plan.mixture.steps,
+        resume=any(folder.glob("checkpoint-*")),
     )
 
 
