@@ -7,6 +7,7 @@ Compiling happens in a thread of its own: the caller goes on receiving signals, 
 at TensorRT's next step.
 """
 
+import re
 import threading
 import time
 from collections import Counter
@@ -18,11 +19,15 @@ from typing import Any
 from medmo_edge.errors import ArtifactError, BackendUnavailable, one_line
 from medmo_edge.progress import StageProgress
 from medmo_edge.runtime.trt_fit import Recipe
-from medmo_edge.runtime.trt_library import Library, Messages, make_logger
+from medmo_edge.runtime.trt_library import Library, Messages, use_logger
 
 PREFILL, DECODE = 0, 1  # profiles of the decoder
 #: what RTX can be told to compile for; full TensorRT always compiles for the GPU it finds
 _CURRENT = "CURRENT"
+# What to export for a GPU that lacks a number format, by how TensorRT's name of it begins.
+_INSTEAD = (("fp8", "trt-int4-awq"), ("fp4", "trt-fp8"), ("bf16", "trt-fp16"), ("", "trt-fp16"))
+# What the parser says of an operator that it has no code for.
+_UNKNOWN_OPERATOR = ("no importer", "plugin not found", "unsupported op")
 _POLL_SECONDS = 0.05
 _MAX_SHOWN = 300
 
@@ -100,7 +105,7 @@ def compile_graph(
     """
     start = time.monotonic()
     trt = library.load()
-    logger, messages = make_logger(library)
+    logger, messages = use_logger(library)
     builder = _make_builder(trt, logger, messages, library)
     network, parser = _parse(trt, builder, logger, messages, graph, library)
     layers = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
@@ -109,7 +114,8 @@ def compile_graph(
     inputs = {each.name: tuple(each.shape) for each in _inputs(network)}
     for profile in profiles(inputs):
         config.add_optimization_profile(_make_profile(builder, profile))
-    timing = _attach_timing_cache(config, settings.timing)
+    # In RTX timing caches do nothing.
+    timing = None if library.is_rtx else _attach_timing_cache(config, settings.timing)
     watch = _Watch(graph.stem, progress)
     monitor = _make_monitor(trt, watch)
     if hasattr(config, "progress_monitor"):
@@ -140,8 +146,9 @@ def _parse(
     network = builder.create_network(_network_flags(trt, library))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise _parse_refusal(library, graph, reasons[0] if reasons else messages.first())
+        error = parser.get_error(0) if parser.num_errors else None
+        operator = error.node_operator() if error else ""
+        raise _parse_refusal(library, graph, operator, error.desc() if error else messages.first())
     return network, parser
 
 
@@ -153,16 +160,17 @@ def _network_flags(trt: Any, library: Library) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _parse_refusal(library: Library, graph: Path, reason: str) -> ArtifactError:
+def _parse_refusal(library: Library, graph: Path, operator: str, reason: str) -> ArtifactError:
     text = " ".join(reason.split())[:_MAX_SHOWN]
-    lowered = text.lower()
-    if "opset" in lowered or "no importer" in lowered or "ir version" in lowered:
+    if any(phrase in text.lower() for phrase in _UNKNOWN_OPERATOR):
         return ArtifactError(
-            f"{graph} uses operators that {library.name} {library.version} does not know ({text}): "
-            "update TensorRT, or export again with this version of medmo-edge"
+            f"{graph} uses the operator {operator or 'named here'}, which {library.name} "
+            f"{library.version} does not know ({text}): update TensorRT, or export again with this "
+            "version of medmo-edge"
         )
+    where = f" at {operator}" if operator else ""
     return ArtifactError(
-        f"{graph} is refused by {library.name} {library.version}: export again ({text})"
+        f"{graph} is refused by {library.name} {library.version}{where}: export again ({text})"
     )
 
 
@@ -170,8 +178,9 @@ def _refusal(library: Library, graph: Path, reason: str) -> BackendUnavailable:
     """Why compiling failed, with what to do where that is known."""
     text = reason[:_MAX_SHOWN]
     advice = "report this with the artifact's manifest.json"
-    if "HW-specific datatypes" in text:
-        advice = "this GPU has no such numbers: export --target trt-int4-awq"
+    if numbers := re.search(r"HW-specific datatypes: (\w+)", text):
+        target = next(target for name, target in _INSTEAD if numbers[1].startswith(name))
+        advice = f"this GPU has no {numbers[1]}: export --target {target}"
     elif "memory" in text.lower():
         advice = "close other programs, or export again with a shorter --cache-length"
     return BackendUnavailable(

@@ -103,9 +103,21 @@ def precision_obstacle(manifest: Manifest, sm: int, what: str) -> str | None:
 def version_obstacle(manifest: Manifest, name: str, version: str) -> str | None:
     """Why this TensorRT cannot read this artifact, else None."""
     needed = Recipe.of(manifest).min_tensorrt
-    if name != "tensorrt" or release_numbers(version, 2) >= release_numbers(needed, 2):
-        return None
-    return f"its graphs need TensorRT {needed}, here is {version}: update it"
+    if name == "tensorrt" and release_numbers(version, 2) < release_numbers(needed, 2):
+        return f"its graphs need TensorRT {needed}, here is {version}: update it"
+    opset, newest = manifest.weights.get("opset"), _newest_opset(name, version)
+    if not isinstance(opset, int) or opset > newest:
+        # Checked here because parsers read on and guess.
+        return (
+            f"its graphs are of opset {opset}, {name} {version} reads up to {newest}: update "
+            "TensorRT, or export with this version of medmo-edge"
+        )
+    return None
+
+
+def _newest_opset(name: str, version: str) -> int:
+    """By NVIDIA's support matrices: 24 for TensorRT 10 and RTX, 25 from 11 on."""
+    return 25 if name == "tensorrt" and release_numbers(version, 1)[0] >= 11 else 24
 
 
 def device_obstacle(manifest: Manifest, device: Device) -> str | None:

@@ -128,22 +128,36 @@ def _load(module: str) -> Any:
 
 @dataclass(slots=True)
 class Messages:
-    """What a library reported: the last errors, oldest first."""
+    """What a library reported: the first errors since ``clear``, oldest first."""
 
     errors: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget what was reported before the next piece of work."""
+        self.errors.clear()
 
     def first(self) -> str:
         """The first error on one line: later ones follow from it."""
         return " ".join(self.errors[0].split())[:300] if self.errors else "no reason was given"
 
 
-def make_logger(library: Library) -> tuple[Any, Messages]:
-    """A logger for Builder, parser and Runtime that keeps errors and prints nothing."""
-    messages = Messages()
-    return _logger(library.load(), messages), messages
+# By module name: TensorRT goes on using the first logger while anything made with it lives, so
+# there can be only one; the module is kept beside it because a logger is of its classes.
+_loggers: dict[str, tuple[Any, Any, Messages]] = {}
 
 
-def _logger(trt: Any, messages: Messages) -> Any:
+def use_logger(library: Library) -> tuple[Any, Messages]:
+    """The logger for Builder, parser and Runtime, which keeps errors and prints nothing."""
+    trt = library.load()
+    known = _loggers.get(library.name)
+    if known is None or known[0] is not trt:
+        messages = Messages()
+        known = _loggers[library.name] = (trt, _make_logger(trt, messages), messages)
+    known[2].clear()
+    return known[1], known[2]
+
+
+def _make_logger(trt: Any, messages: Messages) -> Any:
     severe = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
     class Logger(trt.ILogger):  # type: ignore[misc]

@@ -130,7 +130,8 @@ def make_engines(
             built[name] = compile_one(place.library, name, graph, manifest, settings, progress)
             (staging / file).write_bytes(built[name].engine)
             timing = built[name].timing or timing
-        (staging / TIMING_CACHE).write_bytes(timing)
+        if timing:
+            (staging / TIMING_CACHE).write_bytes(timing)
         write_record(staging, _record(manifest, device, place, level, built))
     return Engines(folder=target, record=read_record(target))
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError, one_line
+from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
 from medmo_edge.runtime.trt_cuda import Block, Gpu
-from medmo_edge.runtime.trt_library import Library, Messages, make_logger
+from medmo_edge.runtime.trt_library import Library, Messages, use_logger
 
 Shape = tuple[int, ...]
 #: TensorRT's types by name -> numpy storage; bfloat16 is kept as its bits
@@ -33,7 +33,7 @@ class Engine:
         """Errors: ArtifactError when TensorRT does not take the file."""
         self.path = path
         self._trt = library.load()
-        self._logger, self.messages = make_logger(library)
+        self._logger, self.messages = use_logger(library)
         # Both must outlive the engine.
         self._runtime: Any = self._trt.Runtime(self._logger)
         self._engine: Any = self._read(library)
@@ -55,6 +55,11 @@ class Engine:
             return BackendUnavailable(
                 f"the GPU has too little memory for {self.path} ({reason}): close other programs "
                 "that use it"
+            )
+        if "cudaError" in reason:
+            return BackendUnavailable(
+                f"CUDA fails while {self.path} is loaded ({reason}): install or update the NVIDIA "
+                "driver"
             )
         return ArtifactError(
             f"{self.path} is refused by {library.name} {library.version} ({reason}): run "
@@ -127,10 +132,9 @@ class Context:
 
     def _require(self, done: bool, what: str) -> None:
         if not done:
-            reason = self._messages.errors[-1:] or ["no reason was given"]
-            raise GenerationError(
-                f"TensorRT refused the {what} of {self._name}: {one_line(Exception(reason[0]))}"
-            )
+            reason = self._messages.first()
+            self._messages.clear()
+            raise GenerationError(f"TensorRT refused the {what} of {self._name}: {reason}")
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:

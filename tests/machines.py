@@ -75,7 +75,9 @@ def artifact(target: str) -> Manifest:
 
 
 def _weights(target: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"graph_dtype": DTYPES[target]} if target in DTYPES else {}
+    found: dict[str, Any] = {}
+    if target in DTYPES:
+        found = {"graph_dtype": DTYPES[target], "opset": 24 if target in GPUS else 21}
     if target in GPUS:
         min_sm, instead = GPUS[target]
         found["build"] = {

@@ -12,7 +12,7 @@ from typing import Any
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.export.onnx_decoder import DecoderPlan, build_decoder
 from medmo_edge.export.onnx_graph import save_graph
-from medmo_edge.export.onnx_linear import GraphDtype
+from medmo_edge.export.onnx_linear import FLOAT, Encoding, GraphDtype
 from medmo_edge.export.onnx_vision import VisionPlan, build_vision
 from medmo_edge.manifest import record_file
 
@@ -23,10 +23,12 @@ def write_scatter(
     folder: Path,
     *,
     dtype: GraphDtype = "float32",
+    matrix: Encoding = FLOAT,
     build: dict[str, Any] | None = None,
 ) -> Path:
     """The ONNX artifact ``source`` of ``checkpoint`` with graphs for TensorRT.
 
+    ``matrix`` is how the language model's matrices are stored, fp8 with scales that mean nothing;
     ``build`` changes the recipe of the manifest.
     """
     shutil.copytree(source, folder)
@@ -41,10 +43,15 @@ def write_scatter(
         "refused_sm": {"75": "trt-fp16"},
     } | (build or {})
     with open_checkpoint(checkpoint) as opened:
+        plan = DecoderPlan(
+            form="scatter",
+            dtype=dtype,
+            matrix=matrix,
+            capacity=recipe["capacity"],
+            activation_scales={name.removesuffix(".weight"): 0.1 for name in opened.tensors},
+        )
         graphs = {
-            "decoder.onnx": build_decoder(
-                opened, DecoderPlan(form="scatter", dtype=dtype, capacity=recipe["capacity"])
-            ).graph,
+            "decoder.onnx": build_decoder(opened, plan).graph,
             "vision.onnx": build_vision(opened, VisionPlan(form="scatter", dtype=dtype)).graph,
         }
         for name, graph in graphs.items():

@@ -63,8 +63,14 @@ class World:
     refuses: frozenset[str] = frozenset()
     fails: str | None = None
     deserialised: int = 0
+    logger: Any = None
     launches: list[tuple[str, int, bool]] = field(default_factory=list)
     sessions: dict[str, Any] = field(default_factory=dict)
+
+    def register(self, logger: Any) -> Any:
+        """The logger that is really used: TensorRT keeps to the first one it was given."""
+        self.logger = self.logger or logger
+        return self.logger
 
     def session(self, path: str) -> Any:
         """ONNX Runtime on the CPU with the graph of a plan."""
@@ -152,7 +158,7 @@ class OnnxParser:
 
     def __init__(self, world: World, network: Network, logger: Any) -> None:
         self._world, self._network = world, network
-        self._errors: list[str] = []
+        self._errors: list[tuple[str, str]] = []
 
     def parse_from_file(self, model: str) -> bool:
         import onnx
@@ -160,11 +166,11 @@ class OnnxParser:
         try:
             graph = onnx.load(model, load_external_data=False).graph
         except Exception as error:
-            self._errors = [f"failed to parse {model}: {error}"]
+            self._errors = [("", f"failed to parse {model}: {error}")]
             return False
         unknown = sorted({node.op_type for node in graph.node} & self._world.refuses)
         if unknown:
-            self._errors = [f"No importer registered for op: {unknown[0]}"]
+            self._errors = [(unknown[0], f"No importer registered for op: {unknown[0]}")]
             return False
         layers = [name for node in graph.node for name in _LAYERS.get(node.op_type, ["SHUFFLE"])]
         self._network.fill(model, layers, [_tensor(each) for each in graph.input])
@@ -175,7 +181,8 @@ class OnnxParser:
         return len(self._errors)
 
     def get_error(self, index: int) -> Any:
-        return SimpleNamespace(desc=lambda: self._errors[index])
+        operator, text = self._errors[index]
+        return SimpleNamespace(desc=lambda: text, node_operator=lambda: operator)
 
 
 class TimingCache:
@@ -230,7 +237,7 @@ class Builder:
     """Builder; a plan is built as soon as its profiles make sense."""
 
     def __init__(self, world: World, logger: Any) -> None:
-        self._world, self._logger = world, logger
+        self._world, self._logger = world, world.register(logger)
 
     def create_network(self, flags: int = 0) -> Network:
         return Network(flags)
@@ -289,7 +296,7 @@ class Runtime:
     """Runtime; refuses plans of another version or GPU as TensorRT does."""
 
     def __init__(self, world: World, logger: Any) -> None:
-        self._world, self._logger = world, logger
+        self._world, self._logger = world, world.register(logger)
 
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "Engine | None":
         self._world.deserialised += 1

@@ -44,9 +44,10 @@ def pretend(memory_bytes: int = 1 << 30) -> Iterator[Machine]:
     device = replace(probe(), cuda=(gpu,), driver="580.65.06", cuda_version="13.0")
     packages: dict[str, str | None] = {"tensorrt": world.version, "cuda-bindings": "13.5.0"}
     machine = Machine(world=world, device=device, packages=packages)
+    library = make_tensorrt(world)
     with (
         patch.object(trt_library, "_version", lambda name: machine.packages.get(name)),
-        patch.object(trt_library, "_load", lambda module: make_tensorrt(world)),
+        patch.object(trt_library, "_load", lambda module: library),
         patch.object(trt_cuda, "load_cuda", lambda: world.cuda),
         patch.object(session, "probe", lambda: machine.device),
     ):
