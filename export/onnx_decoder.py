@@ -144,9 +144,9 @@ def _gqa_shared(graph: Graph, text: TextConfig) -> tuple[str, ...]:
     shape = graph.add("Shape", "rope_cos", end=2)
     count = graph.add("ReduceProd", shape, keepdims=0)
     rows = graph.add("Range", graph.constant(0), count, graph.constant(1))
-    table = graph.constant([-1, text.head_dim // 2])
-    flat = [graph.add("Reshape", name, table) for name in ("rope_cos", "rope_sin")]
-    return graph.add("Reshape", rows, shape), *flat
+    size = graph.constant([-1, text.head_dim // 2])
+    tables = [graph.add("Reshape", name, size) for name in ("rope_cos", "rope_sin")]
+    return graph.add("Reshape", rows, shape), *tables
 
 
 def _mask(graph: Graph, plan: DecoderPlan) -> tuple[str, ...]:
@@ -172,8 +172,8 @@ def _layer(build: _Build, layer: int, x: str, pending: str) -> tuple[str, str]:
         x, attended, extra = (_wanted_row(build, name) for name in (x, attended, extra))
     output = _linear(build, attended, f"{prefix}self_attn.o_proj.weight")
     normed, x = _add_norm(build, x, output, f"{prefix}post_attention_layernorm.weight")
-    gate = _linear(build, normed, f"{prefix}mlp.gate_proj.weight")
-    up = _linear(build, normed, f"{prefix}mlp.up_proj.weight")
+    names = [f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up")]
+    gate, up = build.weights.linears(normed, names, build.plan.matrix)
     active = graph.add("Mul", gate, graph.add("Sigmoid", gate))
     down = _linear(build, graph.add("Mul", active, up), f"{prefix}mlp.down_proj.weight")
     return (graph.add("Add", x, down), extra) if extra else (x, down)
@@ -215,43 +215,37 @@ def _wanted_row(build: _Build, name: str) -> str:
     return build.graph.add("Unsqueeze", row, build.graph.constant([1]))
 
 
-def _heads(build: _Build, layer: int, x: str, part: str, heads: int) -> str:
-    """Projection as [B, S, heads, d], normalised per head for q and k."""
-    prefix = f"{_TEXT}layers.{layer}.self_attn.{part}"
-    flat = _linear(build, x, f"{prefix}_proj.weight")
-    if part == "v" and _is_gqa(build.plan):
-        return flat
+def _project(build: _Build, layer: int, x: str) -> list[str]:
+    """Queries, keys and values of all heads, [B, S, heads * d] each."""
+    prefix = f"{_TEXT}layers.{layer}.self_attn."
+    names = [f"{prefix}{part}_proj.weight" for part in "qkv"]
+    return build.weights.linears(x, names, build.plan.matrix)
+
+
+def _heads(build: _Build, layer: int, flat: str, part: str, heads: int) -> str:
+    """A projection as [B, S, heads, d], normalised per head for q and k."""
     split = build.graph.constant([0, 0, heads, build.text.head_dim])
     shaped = build.graph.add("Reshape", flat, split)
-    return shaped if part == "v" else _rms_norm(build, shaped, f"{prefix}_norm.weight")
+    if part == "v":
+        return shaped
+    return _rms_norm(build, shaped, f"{_TEXT}layers.{layer}.self_attn.{part}_norm.weight")
 
 
 def _gqa(build: _Build, layer: int, x: str) -> str:
     graph, text = build.graph, build.text
-    rows, cos, sin = build.shared
-    rotated = []
-    for part, heads in (("q", text.num_heads), ("k", text.num_kv_heads)):
-        split = _heads(build, layer, x, part, heads)
-        joined = graph.constant([0, 0, heads * text.head_dim])
-        flat = graph.add("Reshape", split, joined)
-        rotated.append(
-            graph.add(
-                "RotaryEmbedding",
-                *(flat, rows, cos, sin),
-                domain=CONTRIB,
-                num_heads=heads,
-                rotary_embedding_dim=text.head_dim,
-                interleaved=0,
-            )
-        )
-    value = _heads(build, layer, x, "v", text.num_kv_heads)
-    (past_key, key), (past_value, present) = _cache_names(text, build.plan)[
+    query, key, value = _project(build, layer, x)
+    turned = []
+    for part, flat, heads in (("q", query, text.num_heads), ("k", key, text.num_kv_heads)):
+        split = _heads(build, layer, flat, part, heads)
+        joined = graph.add("Reshape", split, graph.constant([0, 0, heads * text.head_dim]))
+        turned.append(_rotated(build, joined, heads))
+    (past_key, present_key), (past_value, present_value) = _cache_names(text, build.plan)[
         2 * layer : 2 * layer + 2
     ]
     return graph.add_many(
         "GroupQueryAttention",
-        *(*rotated, value, past_key, past_value, "seqlens_k", "total_sequence_length"),
-        outputs=[f"attention_{layer}", key, present],
+        *(*turned, value, past_key, past_value, "seqlens_k", "total_sequence_length"),
+        outputs=[f"attention_{layer}", present_key, present_value],
         domain=CONTRIB,
         num_heads=text.num_heads,
         kv_num_heads=text.num_kv_heads,
@@ -260,12 +254,25 @@ def _gqa(build: _Build, layer: int, x: str) -> str:
     )[0]
 
 
+def _rotated(build: _Build, flat: str, heads: int) -> str:
+    """Queries or keys [B, S, heads * d] turned by the angles of their rows."""
+    rows, cos, sin = build.shared
+    return build.graph.add(
+        "RotaryEmbedding",
+        *(flat, rows, cos, sin),
+        domain=CONTRIB,
+        num_heads=heads,
+        rotary_embedding_dim=build.text.head_dim,
+        interleaved=0,
+    )
+
+
 def _scatter(build: _Build, layer: int, x: str) -> str:
     graph, text = build.graph, build.text
     sizes = {"q": text.num_heads, "k": text.num_kv_heads, "v": text.num_kv_heads}
     by_head = {
-        part: graph.add("Transpose", _heads(build, layer, x, part, heads), perm=[0, 2, 1, 3])
-        for part, heads in sizes.items()
+        part: graph.add("Transpose", _heads(build, layer, flat, part, heads), perm=[0, 2, 1, 3])
+        for flat, (part, heads) in zip(_project(build, layer, x), sizes.items(), strict=True)
     }
     query, key = (
         graph.add("RotaryEmbedding", by_head[part], "rope_cos", "rope_sin") for part in "qk"

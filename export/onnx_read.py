@@ -74,7 +74,8 @@ def _graph_tensors(path: Path) -> Iterator[OnnxTensor]:
             if codes.dtype == np.int8:
                 yield _per_channel(source, codes, scales)
             else:
-                yield _blocks(source, users[name], codes, scales)
+                whole = _blocks(source, users[name], codes, scales)
+                yield from _parts(whole, graph, users[users[name].output[0]])
         else:
             yield _plain(name, users.get(name), _mapped(path, tensor))
 
@@ -140,6 +141,25 @@ def _blocks(name: str, user: Any, codes: NDArray[Any], scales: NDArray[Any]) -> 
     return OnnxTensor(
         name=name, stored_as=f"{bits} bits, blocks of {settings['block_size']}", rows=rows
     )
+
+
+def _parts(whole: OnnxTensor, graph: Any, reader: Any) -> Iterator[OnnxTensor]:
+    """The matrices that one product joins, by their joined names and the sizes of the split."""
+    from onnx import numpy_helper
+
+    names = whole.name.split("+")
+    if len(names) == 1:
+        yield whole
+        return
+    (sizes,) = (each for each in graph.initializer if each.name == reader.input[1])
+    first = 0
+    for name, size in zip(names, numpy_helper.to_array(sizes).tolist(), strict=True):
+        yield OnnxTensor(name=name, stored_as=whole.stored_as, rows=_shifted(whole.rows, first))
+        first += size
+
+
+def _shifted(rows: Callable[[int, int], Array], first: int) -> Callable[[int, int], Array]:
+    return lambda start, stop: rows(first + start, first + stop)
 
 
 def _per_channel(name: str, codes: NDArray[Any], scales: NDArray[Any]) -> OnnxTensor:
