@@ -7,6 +7,7 @@ LoRA adapters and quantised weights are refused with what to do instead.
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,14 +52,6 @@ _HASH_THREADS = 4  # hashing holds no lock; more would only make a disk seek
 _MAX_JSON_BYTES = 64 << 20
 # Suffixes that quantisers add; named in the error instead of "unknown tensor".
 _QUANTISED = ("weight_scale_inv", "weight_scale", "qweight", "qzeros", "absmax", "quant_map", "SCB")
-
-# What a transformers user runs; the base checkpoint's other files are copied unchanged, because
-# files written by transformers 5 do not load in 4.57.
-_MERGE = (
-    "from peft import PeftModel; from transformers import AutoModelForImageTextToText as Model; "
-    "PeftModel.from_pretrained(Model.from_pretrained({base!r}, dtype='bfloat16'), {lora!r})"
-    ".merge_and_unload().save_pretrained('merged')"
-)
 
 
 @dataclass(frozen=True)
@@ -201,11 +194,10 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file: give the Hugging Face folder with config.json")
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        base = str(_read_json(adapter).get("base_model_name_or_path") or "BASE")
-        merge = _MERGE.format(base=base, lora=str(folder))
+        base = str(_read_json(adapter).get("base_model_name_or_path") or "its base checkpoint")
         raise CheckpointError(
-            f'{folder} is a LoRA adapter: merge it first with: python -c "{merge}" and copy the '
-            f"tokenizer, preprocessor and chat template files of {base} into the folder 'merged'"
+            f"{folder} is a LoRA adapter of {base}: merge the two first with: "
+            f"medmo-edge merge {shlex.quote(str(folder))} --base FOLDER -o MERGED"
         )
 
 

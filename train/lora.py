@@ -65,9 +65,10 @@ def add_adapters(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft 0.21 asks transformers for an attribute that is on its way out."""
+    """peft 0.21 asks transformers for an attribute that is on its way out, and warns of misfits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused instead
         yield
 
 
@@ -114,8 +115,23 @@ def merge_into(model: "Qwen3VLForConditionalGeneration", folder: Path) -> None:
         raise UsageError("a LoRA adapter needs peft: install medmo-edge[train]") from error
     try:
         with _quiet():
-            PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+            wrapped = PeftModel.from_pretrained(model, str(folder))
+        _require_same_names(folder, adapter_weights(model.state_dict()))
+        wrapped.merge_and_unload(safe_merge=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # peft passes on whatever its parts raise
         raise CheckpointError(
             f"{folder} does not fit its base checkpoint: {one_line(error)}"
         ) from error
+
+
+def _require_same_names(folder: Path, used: Collection[str]) -> None:
+    """peft leaves out what does not fit, with a warning or without one."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        stored = set(file.keys())
+    if odd := sorted(stored.symmetric_difference(used)):
+        which = "the base" if odd[0] in stored else "the adapter"
+        raise CheckpointError(f"{folder} does not fit its base checkpoint: {which} lacks {odd[0]}")

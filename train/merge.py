@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from medmo_edge.checkpoint import NANO
 from medmo_edge.errors import CheckpointError, UsageError
 from medmo_edge.train.base_model import load_base, save_checkpoint
 from medmo_edge.train.lora import ADAPTER_CONFIG, base_of, merge_into
@@ -27,7 +28,10 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | Path | None = None
         raise CheckpointError(f"{adapter} is no LoRA adapter: it has no {ADAPTER_CONFIG}")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} is in use: give a new folder")
-    loaded = load_base(base or base_of(adapter), precision="float32")
+    start = base or base_of(adapter)
+    if str(start) != NANO and not Path(start).is_dir():
+        raise UsageError(f"{adapter} is of {start}, which is no folder here: name it with --base")
+    loaded = load_base(start, precision="float32")
     merge_into(loaded.model, adapter)
     card = _card(adapter)
     named = replace(loaded, name=card.get("name") or adapter.absolute().name)
