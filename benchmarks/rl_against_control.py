@@ -35,7 +35,7 @@ from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
-from medmo_edge.train.grpo import Learner, Question
+from medmo_edge.train.grpo_learner import Learner, Question
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.rewards import DEFAULT_WEIGHTS, case_of
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms

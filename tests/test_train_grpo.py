@@ -17,7 +17,7 @@ from rl_samples import SEED, rl_mixture, tiny_rl_stage, write_rl_samples
 
 from medmo_edge.errors import SampleError
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo import Experience, Learner, Question, score, weighted_mean
+from medmo_edge.train.grpo_learner import Experience, Learner, Question, score, weighted_mean
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.rewards import REWARDS, Case, case_of, combine

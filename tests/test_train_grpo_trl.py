@@ -21,7 +21,7 @@ from rl_samples import SEED, rl_mixture, tiny_rl_stage, write_rl_samples
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import SampleError
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo import Experience, Learner, Question
+from medmo_edge.train.grpo_learner import Experience, Learner, Question
 from medmo_edge.train.grpo_loss import advantages
 from medmo_edge.train.grpo_trl import engine_of, make_row, make_trainer, run_trl
 from medmo_edge.train.mixture import Mixture

@@ -16,6 +16,7 @@ import torch
 from rl_samples import rl_mixture, tiny_rl_stage, write_rl_samples
 
 from medmo_edge.errors import UsageError
+from medmo_edge.samples import Sample
 from medmo_edge.train.attention import use_library, use_products
 from medmo_edge.train.base_model import Base, load_base
 from medmo_edge.train.branches import branch_row, collate_branches, split_rows
@@ -164,6 +165,29 @@ def test_both_attentions_give_the_same(base: Base, prompts: list[Encoded]) -> No
         for answer, same in zip(group, other, strict=True):
             assert answer.ids == same.ids
             np.testing.assert_allclose(answer.log_probs, same.log_probs, atol=1e-4)
+
+
+def test_prompts_without_pictures_are_asked_alike(base: Base) -> None:
+    """The picture that keeps the vision tower running is seen by nothing."""
+    chat = Chat(tokenizer=base.tokenizer, template=base.template)
+    words = ["Is there a nodule?", "Describe the lung, left and right."]
+    asked = [
+        encode_sample(
+            Sample(id=text, task="text_qa", messages=[{"role": "user", "content": text}]),
+            chat,
+            base.limits,
+            base.coords,
+            answered=False,
+        )
+        for text in words
+    ]
+    for prompt, group in zip(asked, answers(base, asked, decoding(base)), strict=True):
+        for answer in group:
+            row = torch.tensor([[*prompt.ids.tolist(), *answer.ids]])
+            with torch.no_grad():
+                logits = base.model(input_ids=row).logits[0, prompt.tokens - 1 : -1]
+            known = scaled_log_probs(logits, 1.0, decoding(base).suppressed)
+            np.testing.assert_allclose(answer.log_probs, picked(known, answer.ids), atol=2e-5)
 
 
 def test_an_attention_without_masks_is_refused(base: Base, prompts: list[Encoded]) -> None:

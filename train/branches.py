@@ -8,7 +8,7 @@ Suffixes: B rows, S tokens of a row, T predicted tokens, N predicted tokens of a
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,9 +119,15 @@ class BranchBatch:
 
 
 def collate_branches(rows: Sequence[BranchRow], model: Any) -> BranchBatch:
-    """Rows padded on the right, with the mask that ``model``'s attention takes, on its device."""
+    """Rows padded on the right, with the mask that ``model``'s attention takes, on its device.
+
+    Without any picture, one of a single vision token that nothing sees is put behind the first row:
+    the vision tower runs in every call of every process.
+    """
     import torch
 
+    if not any(row.prompt.grids for row in rows):
+        rows = [_with_picture(rows[0]), *rows[1:]]
     length = max(len(row.ids) for row in rows)
     branches = np.stack([_pad(row.branches, length, PADDING) for row in rows])
     positions = np.stack([_pad(row.positions, length, 0) for row in rows], axis=1)
@@ -144,12 +150,22 @@ def collate_branches(rows: Sequence[BranchRow], model: Any) -> BranchBatch:
     )
 
 
+def _with_picture(row: BranchRow) -> BranchRow:
+    merge, width = row.prompt.merge_size, row.prompt.patches.shape[1]
+    patches = np.zeros((merge**2, width), np.float32)
+    return replace(
+        row,
+        prompt=replace(row.prompt, patches=patches, grids=((1, merge, merge),)),
+        ids=np.append(row.ids, row.prompt.image_token),
+        branches=np.append(row.branches, PADDING),
+        positions=_pad(row.positions, len(row.ids) + 1, 0),
+    )
+
+
 def _pictures(prompts: Sequence[Encoded]) -> dict[str, "torch.Tensor"]:
     import torch
 
     grids = [grid for prompt in prompts for grid in prompt.grids]
-    if not grids:
-        return {}
     patches = np.concatenate([prompt.patches for prompt in prompts])
     return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.tensor(grids)}
 

@@ -163,11 +163,12 @@ class _Decoder:
         starts = [int(prompt.positions.max()) + 1 for prompt in prompts]
         last, picks = np.unique(np.array(tokens) - 1, return_inverse=True)
         size = (len(prompts), decoding.num_generations, decoding.max_new_tokens)
-        cache = _Cache(max(tokens) + size[1] * (size[2] - 1))
+        longest = batch.inputs["input_ids"].shape[1]
+        cache = _Cache(longest + size[1] * (size[2] - 1))
         keep = torch.from_numpy(last).to(device)
         output = model(**batch.inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        cache.used = max(tokens)
-        filled = torch.arange(cache.used)[None] < torch.tensor(tokens)[:, None]
+        cache.used = longest
+        filled = torch.arange(longest)[None] < torch.tensor(tokens)[:, None]
         return cls(
             model=model,
             decoding=decoding,

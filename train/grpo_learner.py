@@ -1,0 +1,347 @@
+"""One step of reinforcement learning on verifiable rewards: GRPO with DAPO's settings.
+
+A group of answers to each question is drawn, judged by rules, and learned from by how its answers
+differ. The update runs on rows of branches, so a prompt and its pictures are paid for once in
+sampling and once in learning, not once per answer. The same step and seed give the same answers, so
+a resumed run goes on as it would have. Schedules, saving and stages are in ``grpo``.
+
+Suffixes: P questions, G answers of a question, N tokens of a batch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medmo_edge.train.branches import (
+    BranchBatch,
+    BranchRow,
+    branch_row,
+    collate_branches,
+    split_rows,
+)
+from medmo_edge.train.grpo_loss import (
+    Terms,
+    advantages,
+    policy_loss,
+    says_nothing,
+    spread,
+    token_weights,
+)
+from medmo_edge.train.packing import Encoded
+from medmo_edge.train.parallel import without_exchange
+from medmo_edge.train.rewards import Case, judge
+from medmo_edge.train.rollouts import (
+    Answer,
+    Decoding,
+    Precision,
+    sample_groups,
+    scaled_log_probs,
+    uniforms,
+)
+from medmo_edge.train.stages import Objective
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 16  # prompts that are sampled at a time
+FIGURES = (
+    "loss",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+)
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Question:
+    """A prompt as numbers, and what its sample says of the truth (``case``, without a text)."""
+
+    prompt: Encoded
+    case: Case
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Experience:
+    """What one step has to learn from: ``answers`` and advantages [P, G], and how they scored.
+
+    ``values`` are the single rewards [P, G], nan where one does not apply; ``rewards`` their
+    weighted means.
+    """
+
+    questions: Sequence[Question]
+    answers: Sequence[Sequence[Answer]]
+    values: Mapping[str, Floats]
+    rewards_PG: Floats
+    advantages_PG: Floats
+
+
+@dataclass(slots=True, kw_only=True)
+class Learner:
+    """A model that learns from its own answers, judged by ``rewards`` and their weights.
+
+    ``decode`` turns token ids into text. ``reference`` is the frozen model that beta > 0 holds the
+    policy to. ``row_tokens`` bound a row of branches, ``batch_tokens`` the rows of one call of the
+    model, ``chunk`` the prompts that are sampled at a time. ``precision`` opens the arithmetic,
+    such as autocast.
+    """
+
+    model: Any
+    objective: Objective
+    rewards: Mapping[str, float]
+    decoding: Decoding
+    decode: Callable[[Sequence[int]], str]
+    seed: int
+    row_tokens: int
+    batch_tokens: int
+    chunk: int = CHUNK
+    reference: Any = None
+    precision: Precision = nullcontext
+    rank: int = 0
+    processes: int = 1
+
+    def collect(self, step: int, questions: Sequence[Question], threshold: float) -> Experience:
+        """Answers to ``questions`` and their worth; IoU below ``threshold`` earns nothing.
+
+        Errors: SampleError naming reward and sample when a reward fails.
+        """
+        answers = sample_groups(
+            self.model,
+            [question.prompt for question in questions],
+            self.decoding,
+            uniforms(self.seed, step, self.rank, len(questions), self.decoding),
+            chunk=self.chunk,
+            precision=self.precision,
+        )
+        values = score(questions, answers, self.decode, self.rewards, threshold)
+        rewards_PG = weighted_mean(values, self.rewards)
+        return Experience(
+            questions=questions,
+            answers=answers,
+            values=values,
+            rewards_PG=rewards_PG,
+            advantages_PG=advantages(rewards_PG, self.objective.scale_rewards),
+        )
+
+    def learn(self, experience: Experience, update: Callable[[], object]) -> dict[str, float]:
+        """Learn from ``experience`` in ``num_iterations`` updates; gives the figures of the step.
+
+        ``update`` takes the gradients that have been summed up, moves the weights and clears them.
+        """
+        plan = _Plan.of(experience, self)
+        sums: dict[str, float] = {}
+        for iteration in range(self.objective.num_iterations):
+            for index, batch in enumerate(plan.batches):
+                for name, value in self._backward(plan, index, batch, iteration).items():
+                    sums[name] = sums.get(name, 0.0) + value
+            update()
+        return figures(experience) | _ratios(sums, self.objective.num_iterations)
+
+    def _backward(
+        self, plan: "_Plan", index: int, rows: Sequence[BranchRow], iteration: int
+    ) -> Mapping[str, float]:
+        """Add one batch's gradients; what it was before the first update is kept in the plan."""
+        import torch
+
+        batch = collate_branches(rows, self.model)
+        with without_exchange(self.model, index == len(plan.batches) - 1), self.precision():
+            now = self.log_probs(self.model, batch)
+            if iteration == 0:
+                plan.drawn.append(now.detach())
+                plan.reference.append(self._reference(batch))
+            terms = Terms(now=now, drawn=plan.drawn[index], reference=plan.reference[index])
+            owners = torch.from_numpy(batch.owners)
+            loss, sums = policy_loss(
+                terms,
+                plan.advantages[owners].to(now.device),
+                plan.weights[owners].to(now.device),
+                self.objective,
+            )
+        torch.autograd.backward(loss)
+        return {**sums, "loss": float(loss.detach())}
+
+    def _reference(self, batch: BranchBatch) -> "torch.Tensor | None":
+        import torch
+
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            return self.log_probs(self.reference, batch)
+
+    def log_probs(self, model: Any, batch: BranchBatch) -> "torch.Tensor":
+        """Log-probabilities [N] of the batch's tokens under the policy that answers are drawn from.
+
+        One call of the whole model, as sharded models need.
+        """
+        output = model(**batch.inputs, logits_to_keep=batch.columns, use_cache=False)
+        logits = output.logits[batch.rows, batch.picks]
+        known = scaled_log_probs(logits, self.decoding.temperature, self.decoding.suppressed)
+        picked: torch.Tensor = known.gather(-1, batch.targets[:, None])[:, 0]
+        return picked
+
+    def names(self) -> tuple[str, ...]:
+        """Every figure that ``learn`` can give."""
+        rewards = [name for name, weight in self.rewards.items() if weight > 0]
+        means = [f"rewards/{name}/{what}" for name in rewards for what in ("mean", "std")]
+        return (*FIGURES, *means, *(("kl",) if self.reference is not None else ()))
+
+
+def score(
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[Answer]],
+    decode: Callable[[Sequence[int]], str],
+    weights: Mapping[str, float],
+    threshold: float = 0.0,
+) -> dict[str, Floats]:
+    """Every reward of weight above 0 for every answer [P, G]; nan where it does not apply.
+
+    Errors: SampleError naming reward and sample when a reward fails.
+    """
+    cases = [
+        [replace(q.case, text=decode(answer.ids), iou_threshold=threshold) for answer in group]
+        for q, group in zip(questions, answers, strict=True)
+    ]
+    return {
+        name: np.array([[_number(judge(name, case)) for case in group] for group in cases])
+        for name, weight in weights.items()
+        if weight > 0
+    }
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def weighted_mean(values: Mapping[str, Floats], weights: Mapping[str, float]) -> Floats:
+    """The weighted mean [P, G] of the rewards that apply, as ``rewards.combine``; nan if none."""
+    stacked = np.stack(list(values.values()))
+    shares = np.array([weights[name] for name in values])[:, None, None] * ~np.isnan(stacked)
+    total = shares.sum(axis=0)
+    summed = (shares * np.nan_to_num(stacked)).sum(axis=0)
+    return np.where(total > 0, summed / np.where(total > 0, total, 1), np.nan)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Plan:
+    """One step's rows in batches; advantages and weights of all answers, [P * G]."""
+
+    batches: list[list[BranchRow]]
+    advantages: "torch.Tensor"
+    weights: "torch.Tensor"
+    drawn: "list[torch.Tensor]" = field(default_factory=list)
+    reference: "list[torch.Tensor | None]" = field(default_factory=list)
+
+    @classmethod
+    def of(cls, experience: Experience, learner: Learner) -> "_Plan":
+        """Leaves out what nothing is learned from, in as many batches as every process has."""
+        import torch
+
+        objective = learner.objective
+        answers = [answer for group in experience.answers for answer in group]
+        lengths = [len(answer.ids) for answer in answers]
+        masked = objective.mask_truncated_completions
+        kept = [not (masked and answer.truncated) for answer in answers]
+        tokens = sum(length for length, keep in zip(lengths, kept, strict=True) if keep)
+        weights = token_weights(
+            lengths,
+            kept,
+            objective,
+            learner.decoding.max_new_tokens,
+            tokens_everywhere=_over_processes(tokens, "SUM"),
+            processes=learner.processes,
+        )
+        batches = list(_batches(_rows(experience, weights, learner), learner.batch_tokens))
+        # The others wait for this process in every call of a sharded model: one answer more, which
+        # weighs nothing, for it to call with.
+        idle = [branch_row(experience.questions[0].prompt, [answers[0].ids], [len(answers)])]
+        batches += [idle] * (_over_processes(len(batches), "MAX") - len(batches))
+        advantage = np.append(experience.advantages_PG.reshape(-1), 0.0)
+        return cls(
+            batches=batches,
+            advantages=torch.from_numpy(advantage).float(),
+            weights=torch.from_numpy(np.append(weights, 0.0)).float(),
+        )
+
+
+def _rows(experience: Experience, weights: Floats, learner: Learner) -> Iterator[BranchRow]:
+    """The rows of answers that can move the model."""
+    size = learner.decoding.num_generations
+    silent = says_nothing(experience.rewards_PG) & (learner.objective.beta == 0)
+    for place, question in enumerate(experience.questions):
+        owners = [place * size + i for i in range(size) if weights[place * size + i] > 0]
+        if owners and not silent[place]:
+            told = [experience.answers[place][owner % size].ids for owner in owners]
+            yield from split_rows(question.prompt, told, owners, learner.row_tokens)
+
+
+def _batches(rows: Iterator[BranchRow], batch_tokens: int) -> Iterator[list[BranchRow]]:
+    """Rows of like length together, at most ``batch_tokens`` with their padding, or one row."""
+    waiting: list[BranchRow] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if waiting and (len(waiting) + 1) * len(row.ids) > batch_tokens:
+            yield waiting
+            waiting = []
+        waiting.append(row)
+    if waiting:
+        yield waiting
+
+
+def _over_processes(value: int, how: str) -> int:
+    """``value`` summed ("SUM") or its largest ("MAX") over all processes."""
+    import torch
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(value, device=device)
+    torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, how))
+    return int(shared)
+
+
+def figures(experience: Experience) -> dict[str, float]:
+    """What a step's answers were like, under TRL's names; what no answer has is left out."""
+    answers = [answer for group in experience.answers for answer in group]
+    lengths = [len(answer.ids) for answer in answers]
+    found: dict[str, Any] = {
+        "reward": _mean(experience.rewards_PG),
+        "reward_std": _spread(experience.rewards_PG),
+        "frac_reward_zero_std": says_nothing(experience.rewards_PG).mean(),
+        "entropy": np.average([answer.entropy for answer in answers], weights=lengths),
+        "completions/mean_length": np.mean(lengths),
+        "completions/clipped_ratio": np.mean([answer.truncated for answer in answers]),
+    }
+    for name, value in experience.values.items():
+        found |= {f"rewards/{name}/mean": _mean(value), f"rewards/{name}/std": _spread(value)}
+    return {name: float(value) for name, value in found.items() if not np.isnan(value)}
+
+
+def _spread(values: Floats) -> float:
+    return float(spread(values.reshape(1, -1))[0])
+
+
+def _mean(values: Floats) -> float:
+    """nan, without a warning, where nothing is known."""
+    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
+
+
+def _ratios(sums: Mapping[str, float], iterations: int) -> dict[str, float]:
+    """Sums over tokens as means, under TRL's names; the loss is the updates' mean."""
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    low, high = (sums.get(f"clipped_{side}", 0.0) / tokens for side in ("low", "high"))
+    means = {
+        "loss": sums.get("loss", 0.0) / iterations,
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+    }
+    return means | ({"kl": sums["kl"] / tokens} if "kl" in sums else {})
