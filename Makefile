@@ -38,7 +38,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 # llama-cpp-python compiles once, a few minutes on two cores.
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) torch
-	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[cpu,llamacpp,export,dicom,serve,data,optimum,train,dev]"
+	CMAKE_ARGS="$(LLAMA_CMAKE) $(CMAKE_ARGS)" $(PIP) --editable ".[cpu,llamacpp,tensorrt-rtx,export,dicom,serve,data,optimum,train,trl,dev]"
 	touch $@
 
 docs: $(VENV)/.runtime
