@@ -8,10 +8,11 @@ answers, a fifth is text alone. Prints medians of samples and of the samples' ow
 (wall clock and processor time), and ratios with TRL. The forms:
 
     trl             SFTTrainer as it comes: padded batches, prompt and completion
-    packed          our rows, the model's own Conv3d patch embedding
-    packed+linear   and the patch embedding as a linear layer, as our engine trains
+    packed          our rows, with the library's Conv3d and attention
+    packed+linear   and the patch embedding as a linear layer
+    ours            and attention within samples only: what our engine does
     ... frozen      the same with the vision tower and its mergers frozen
-    cached          packed, frozen, the tower's features read from disk instead of computed
+    ours cached     frozen, the tower's features read from disk instead of computed
 
 TRL takes pictures through a ProcessorMixin only, and Qwen3-VL's needs torchvision for videos: here
 it gets the same class without the video part. Needs trl, datasets and medmo-edge[train].
@@ -40,6 +41,7 @@ from medmo_edge.checkpoint import Checkpoint, open_checkpoint
 from medmo_edge.phantoms import draw
 from medmo_edge.train.architecture import use_linear_patches
 from medmo_edge.train.mixture import Mixture
+from medmo_edge.train.packed_attention import use_packed
 from medmo_edge.train.packing import Chat, row_loss
 from medmo_edge.train.stages import DataSource, Stage, load_stages
 from medmo_edge.train.vision_cache import VisionCache
@@ -49,6 +51,7 @@ datasets: Any = import_module("datasets")
 transformers: Any = import_module("transformers")
 trl: Any = import_module("trl")
 
+OURS = (use_linear_patches, use_packed)
 LEARNING_RATE = 1e-5
 SIDES = (96, 128, 192, 256, 320, 448)
 WORDS = "no nodule in the left lung . normal heart size . one nodule in the right lung .".split()
@@ -203,11 +206,12 @@ def make_forms(setting: Setting) -> dict[str, Callable[[int], Pace]]:
     cache.fill(load(setting, True), setting.mixture().pictures())
     return {
         "trl": trl_form(setting, frozen=False),
-        "packed": our_form(setting, linear=False, frozen=False),
-        "packed+linear": our_form(setting, linear=True, frozen=False),
+        "packed": our_form(setting, (), frozen=False),
+        "packed+linear": our_form(setting, (use_linear_patches,), frozen=False),
+        "ours": our_form(setting, OURS, frozen=False),
         "trl frozen": trl_form(setting, frozen=True),
-        "packed+linear frozen": our_form(setting, linear=True, frozen=True),
-        "cached": our_form(setting, linear=True, frozen=True, cache=cache),
+        "ours frozen": our_form(setting, OURS, frozen=True),
+        "ours cached": our_form(setting, OURS, frozen=True, cache=cache),
     }
 
 
@@ -221,12 +225,16 @@ def load(setting: Setting, frozen: bool) -> Any:
 
 
 def our_form(
-    setting: Setting, *, linear: bool, frozen: bool, cache: VisionCache | None = None
+    setting: Setting,
+    changes: Sequence[Callable[[Any], None]],
+    *,
+    frozen: bool,
+    cache: VisionCache | None = None,
 ) -> Callable[[int], Pace]:
-    """Packed rows and a plain loop."""
+    """Packed rows and a plain loop; ``changes`` are made to the model."""
     model = load(setting, frozen)
-    if linear:
-        use_linear_patches(model)
+    for change in changes:
+        change(model)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.0)
     mixture = setting.mixture()
@@ -334,7 +342,7 @@ def print_table(paces: dict[str, list[Pace]], samples: int, tokens: int) -> None
     """Medians over rounds; ratios are medians of the ratios within each round."""
     print(f"{'form':22}{'samples/s':>10}{'tokens/s':>10}{'cpu s':>8}{'ratio':>8}{'cpu ratio':>11}")
     for form, rounds in paces.items():
-        peer = paces["trl frozen" if form == "cached" or "frozen" in form else "trl"]
+        peer = paces["trl frozen" if form.endswith(("frozen", "cached")) else "trl"]
         wall = statistics.median(pace.wall for pace in rounds)
         cpu = statistics.median(pace.cpu for pace in rounds)
         walls = statistics.median(ratios(peer, rounds, "wall"))

@@ -31,6 +31,7 @@ from medmo_edge.train.grpo_trl import run_trl
 from medmo_edge.train.lora import adapter_config, write_adapter
 from medmo_edge.train.merge import merge_adapter
 from medmo_edge.train.mixture import ahead
+from medmo_edge.train.packed_attention import use_packed
 from medmo_edge.train.parallel import Group, joined, spread, whole_weights
 from medmo_edge.train.recipe import read_document
 from medmo_edge.train.stage_plan import CARD, Plan, make_plans, require_place
@@ -186,6 +187,7 @@ def _say_begin(prepared: Prepared) -> None:
 
 def _supervise(prepared: Prepared) -> None:
     plan, loop, group = prepared.plan, prepared.loop, prepared.group
+    use_packed(prepared.base.model)
     steps = range(loop.step, loop.total)
     rows: Any = ahead(plan.mixture, steps, group.rank, group.world)
     with closing(rows):
