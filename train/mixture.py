@@ -147,7 +147,7 @@ class Mixture:
 
     def _broken(self, error: SampleError) -> None:
         if not self._skip_broken:
-            raise error
+            raise SampleError(f"{error} (--skip-broken leaves such samples out)") from error
         text = str(error)
         self.skipped[text.partition(": ")[0]] = text
 
