@@ -29,7 +29,7 @@ def base(tiny_untied_checkpoint: Path) -> Base:
     return load_base(tiny_untied_checkpoint, precision="float32")
 
 
-def edit(path: Path, change: Callable[[Any], None]) -> None:
+def edit(path: Path, change: Callable[[Any], object]) -> None:
     values = json.loads(path.read_text())
     change(values)
     path.write_text(json.dumps(values))
