@@ -117,7 +117,7 @@ class Node:
     def start(self) -> None:
         """Start it and wait until it listens."""
         command = [sys.executable, "-m", "medmo_edge", "node", ANSWER, "--config", "rules.toml"]
-        environment = {**os.environ, "MEDMO_EDGE_DICOM_IN_PROCESS": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, cwd=self.folder, stderr=self.log, stdout=self.log, env=environment
         )
