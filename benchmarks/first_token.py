@@ -2,11 +2,12 @@
 
     python benchmarks/first_token.py --tokenizer DIR --work-dir DIR --tool PATH [--quick]
 
-A checkpoint of the 4B shape with random weights is exported to gguf-q4_k_m and onnx-int4. For a
-448x448 and a 1024x1024 picture it times, each in a process of its own with the weights in the page
-cache: llama-mtmd-cli on the same GGUF; our llama.cpp backend; our ONNX Runtime backend; and
-llama.cpp's decoder fed by the ONNX vision tower. "wait" is vision tower + image tokens + question;
-the question and its template are the same length everywhere.
+A checkpoint of the 4B shape with random weights is exported to gguf-q4_k_m, onnx-int4 and
+onnx-int8. For a 448x448 and a 1024x1024 picture it times, each in a process of its own with the
+weights in the page cache: llama-mtmd-cli on the same GGUF; our llama.cpp backend; our ONNX Runtime
+backend with either artifact; and llama.cpp's decoder fed by the ONNX vision tower. "wait" is vision
+tower + image tokens + question; the question and its template are the same length everywhere. "CPU"
+is processor time of the wait, which a busy machine disturbs least; the tool's own spans loading.
 
 llama-mtmd-cli is not in the llama-cpp-python wheel, but its source is in the source distribution:
 
@@ -18,7 +19,7 @@ llama-mtmd-cli is not in the llama-cpp-python wheel, but its source is in the so
     --tool tool/bin/llama-mtmd-cli
 
 With LLAMA_CPP_LIB_PATH=tool/bin llama-cpp-python uses the very same library. --tokenizer names a
-folder with Qwen3's tokenizer.json. The first run builds 20 GB in --work-dir (about 10 minutes on
+folder with Qwen3's tokenizer.json. The first run builds 25 GB in --work-dir (about 10 minutes on
 two cores); then about 6 minutes, --quick (448 only, one round) about 1.
 """
 
@@ -38,11 +39,12 @@ from random_checkpoints import write_checkpoint
 
 from medmo_edge.manifest import read_manifest
 
-_TARGETS = ("gguf-q4_k_m", "onnx-int4")
+_TOOLS_TARGET = "gguf-q4_k_m"
 # row -> artifacts it needs: the one that decodes, and the one whose vision tower it uses
 _ROWS = {
     "llamacpp": ("gguf-q4_k_m", "gguf-q4_k_m"),
-    "ort": ("onnx-int4", "onnx-int4"),
+    "ort, onnx-int4": ("onnx-int4", "onnx-int4"),
+    "ort, onnx-int8": ("onnx-int8", "onnx-int8"),
     "llamacpp + ort vision": ("gguf-q4_k_m", "onnx-int4"),
 }
 _QUESTION = "Is there a nodule in this radiograph?"
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--sides", type=int, nargs="+", default=[448, 1024])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rows", nargs="+", choices=list(_ROWS), default=list(_ROWS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--child", nargs=3, metavar=("ROW", "SIDE", "FOLDER"), help=argparse.SUPPRESS
@@ -85,7 +88,8 @@ def main() -> None:
 
 def _build(folder: Path, options: argparse.Namespace) -> None:
     checkpoint = folder / "checkpoint"
-    for target in _TARGETS:
+    needed = {target for row in options.rows for target in _ROWS[row]} | {_TOOLS_TARGET}
+    for target in sorted(needed):
         if (folder / target).exists():
             continue
         if not checkpoint.exists():
@@ -100,8 +104,8 @@ def _round(side: int, folder: Path, options: argparse.Namespace) -> dict[str, di
         Image.fromarray(_pixels(side)).save(picture)
     found = {}
     if options.tool:
-        found["llama-mtmd-cli"] = _tool(picture, folder / "gguf-q4_k_m", options)
-    for row in _ROWS:
+        found["llama-mtmd-cli"] = _tool(picture, folder / _TOOLS_TARGET, options)
+    for row in options.rows:
         command = [sys.executable, __file__, "--threads", str(options.threads)]
         result = subprocess.run(
             [*command, "--child", row, str(side), str(folder)], capture_output=True, text=True
@@ -127,7 +131,9 @@ def _tool(picture: Path, artifact: Path, options: argparse.Namespace) -> dict[st
     command += ["--image", str(picture), "-p", _QUESTION, "-n", "2", "--temp", "0"]
     command += ["-t", str(options.threads), "-c", "2048", "--no-warmup"]
     command += ["--perf", "-lv", "4"]
+    before = os.times()
     result = subprocess.run(command, capture_output=True, text=True)
+    after = os.times()
     log = result.stdout + result.stderr
     if result.returncode:
         raise SystemExit(f"{options.tool} failed: {log.strip()[-500:]}")
@@ -137,7 +143,9 @@ def _tool(picture: Path, artifact: Path, options: argparse.Namespace) -> dict[st
     seconds = {key: sum(map(float, values)) / 1e3 for key, values in parts.items()}
     # Its "prompt eval time" spans everything before the first token, the vision tower included.
     wait = max(seconds["prompt"], seconds["vision"] + seconds["image"])
-    return {"vision": seconds["vision"], "wait": wait}
+    cpu = after.children_user - before.children_user + after.children_system
+    cpu -= before.children_system
+    return {"vision": seconds["vision"], "wait": wait, "cpu": cpu}
 
 
 def _ours(row: str, side: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -162,8 +170,10 @@ def _ours(row: str, side: int, folder: Path, options: argparse.Namespace) -> dic
         start = time.perf_counter()
         backend.encode_image(pixels)
         vision = time.perf_counter() - start
+        cpu = time.process_time()
         times = session.ask(frame, _QUESTION, max_new_tokens=1).timings
-    return {"vision": vision, "wait": times.image_seconds + times.prefill_seconds}
+        cpu = time.process_time() - cpu
+    return {"vision": vision, "wait": times.image_seconds + times.prefill_seconds, "cpu": cpu}
 
 
 def _print(side: int, rounds: list[dict[str, dict[str, float]]]) -> None:
@@ -172,11 +182,13 @@ def _print(side: int, rounds: list[dict[str, dict[str, float]]]) -> None:
         for row, first in rounds[0].items()
     }
     peer = median.get("llama-mtmd-cli")
-    print(f"\n{side} x {side} pixels{'':8}{'vision s':>10}{'wait s':>10}{'ratios to the tool':>24}")
+    print(f"\n{side} x {side} pixels{'':8}{'vision s':>10}{'wait s':>10}{'CPU s':>10}", end="")
+    print(f"{'ratios to the tool':>24}")
     for row, found in median.items():
         ratios = [found[key] / peer[key] for key in ("vision", "wait")] if peer else []
         shown = "".join(f"{ratio:12.2f}" for ratio in ratios)
-        print(f"{row:26}{found['vision']:10.2f}{found['wait']:10.2f}{shown}")
+        times = "".join(f"{found[key]:10.2f}" for key in ("vision", "wait", "cpu"))
+        print(f"{row:26}{times}{shown}")
 
 
 if __name__ == "__main__":
