@@ -13,6 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from medmo_edge.train.stages import RlStage, Stage
 if TYPE_CHECKING:
     import torch
 
+MOST_SAMPLES = 1_000_000  # of more, finding the different pictures takes longer than it saves
 DISK_PART = 0.25  # of what is free: features are a convenience, checkpoints are not
 PATCHES = 4096  # of several pictures in one pass of the tower; one picture may have more
 _ALIGNED = 64  # bytes; where the first of several features begins
@@ -55,30 +57,44 @@ def keep_features(
     """Let ``mixture`` read features from a cache below ``folder``, where that is possible and pays.
 
     It pays when pictures come twice or more on average and their features take no more than
-    ``DISK_PART`` of the free disk. All processes call it, before the model is spread over them;
-    one computes. Gives the cache, or None when pictures stay pixels.
+    ``DISK_PART`` of the free disk. All processes call it, before the model is spread over them, and
+    decide alike; one computes. Gives the cache, or None when pictures stay pixels.
     """
-    if reason_against(stage) is not None:
+    samples = sum(stream.size for stream in mixture.streams)
+    if reason_against(stage) is not None or samples > MOST_SAMPLES:
         return None
     cache = VisionCache.open(folder, model, mixture.limits)
     missing = cache.missing(mixture.pictures())
-    count, free = len(missing) + len(cache), shutil.disk_usage(folder).free
-    pays = count and stage.samples * stage.epochs >= 2 * count
-    fits = cache.size(missing) <= DISK_PART * free
-    group.wait()  # all have looked before one begins to write
-    if not (pays and fits):
+    count = len(missing) + len(cache)
+    pays = count > 0 and stage.samples * stage.epochs >= 2 * count
+    fits = cache.size(missing) <= DISK_PART * shutil.disk_usage(folder).free
+    if group.total([float(pays and fits)]) != [group.world]:
         return None
     if group.leads and missing:
-        tower = model.model.visual
-        home = next(tower.parameters()).device
-        with arithmetic(model, group, precision):
-            tower.to(group.device)
-            cache.fill(model, missing)
-            tower.to(home)
+        _fill_on(group.device, cache, model, missing, arithmetic(model, group, precision))
     group.wait()
     whole = VisionCache.open(folder, model, mixture.limits)
+    found, squared = group.total([len(whole), len(whole) ** 2])
+    if found**2 != group.world * squared:  # not equal everywhere: machines do not share the folder
+        return None
     mixture.use(whole)
     return whole
+
+
+def _fill_on(
+    device: str,
+    cache: "VisionCache",
+    model: Any,
+    missing: Mapping[Path, int],
+    context: AbstractContextManager[Any],
+) -> None:
+    """Fill with the tower on ``device`` for as long as that takes."""
+    tower = model.model.visual
+    home = next(tower.parameters()).device
+    with context:
+        tower.to(device)
+        cache.fill(model, missing)
+        tower.to(home)
 
 
 @dataclass(frozen=True, slots=True)
