@@ -112,6 +112,8 @@ def write_recipe(
             key: value for key, value in stage_changes.items() if key in stage
         }
         stage["tuning"] |= {"learning_rate": 1e-3}
+        for source in stage["data"]:
+            source["augment"] = stage_changes.get("augment", source["augment"])
     path.write_text(to_toml(recipe), encoding="utf-8")
     return path
 

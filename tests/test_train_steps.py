@@ -23,10 +23,9 @@ import torch
 from PIL import Image
 
 from medmo_edge.errors import RecipeError, UsageError
-from medmo_edge.train import steps
 from medmo_edge.train.parallel import Group
 from medmo_edge.train.state import complete_steps
-from medmo_edge.train.step_log import read_metrics
+from medmo_edge.train.step_log import StepLog, read_metrics
 from medmo_edge.train.steps import Diverged, Learn, StepLoop
 
 TOTAL = 7
@@ -95,12 +94,11 @@ def test_a_run_leaves_metrics_curves_and_two_states(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard", reason="TensorBoard files need it")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    reader = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator: Any = pytest.importorskip(reader, reason="TensorBoard files need it")
     toy = Toy(tmp_path / "run")
     toy.run()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("loss")}
     assert found == {step: pytest.approx(loss) for step, loss in losses(tmp_path / "run").items()}
@@ -256,7 +254,7 @@ def test_a_log_that_cannot_be_written_stops_the_run(
         raise OSError(28, "No space left on device")
 
     toy = Toy(tmp_path / "run")
-    monkeypatch.setattr(steps.StepLog, "write", full)
+    monkeypatch.setattr(StepLog, "write", full)
     with pytest.raises(UsageError, match=r"step 0 cannot be logged \(No space left on device\)"):
         toy.run()
 
@@ -273,7 +271,7 @@ def test_another_recipe_is_refused_but_another_rate_is_taken(tmp_path: Path) -> 
 
 
 def test_frozen_weights_are_not_saved_and_states_are_small(tmp_path: Path) -> None:
-    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     toy = Toy(tmp_path / "run", total=1)
     toy.run()
