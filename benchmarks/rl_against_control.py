@@ -117,7 +117,7 @@ class Run:
         use_products(self.model)
         self.chat = Chat(tokenizer=self.base.tokenizer, template=self.base.template)
         self.smears = read_blood(data, "train")
-        self.held_out = HeldOut(read_blood(data, "val"))
+        self.held_out = HeldOut(read_blood(data, "val"), folder.parent / "phantoms.npz")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from medmo_edge.boxes import Box
 from medmo_edge.evaluation.compare import Paired, paired
-from medmo_edge.evaluation.nano_cases import FIRST_SEED, PHANTOM_SIZE
+from medmo_edge.evaluation.nano_cases import FIRST_SEED
 from medmo_edge.images import Frame
 from medmo_edge.prompts import locate_prompt, user_message
 from medmo_edge.samples import Sample
@@ -22,6 +23,7 @@ from medmo_edge.train.scenes import Scene, augment, chest_scene
 
 TRAINING_SEEDS = 10_000_000
 WITH_NODULE, WITHOUT = 300, 100
+PHANTOM_SIZE = (320, 320)  # of those that are held out; it decides what drawing them costs
 LOCATED, PRESENT = 0.8, 0.1  # parts of the questions; the rest are numbers
 WORD_TOKENS = 8
 IMAGE = Path("drawn.png")  # never opened: frames are given
@@ -89,23 +91,35 @@ def worded(question: str, answer: str) -> Sample:
 
 @dataclass
 class HeldOut:
-    """What no training sees."""
+    """What no training sees: BCCD's val smears, and phantoms that are kept in ``cache``."""
 
     smears: Sequence[Scene]
+    cache: Path
 
     @cached_property
     def phantoms(self) -> list[Scene]:
-        """Phantoms from the evaluation's seeds on: the first with a nodule and without."""
-        kept: dict[bool, list[Scene]] = {True: [], False: []}
-        wanted = {True: WITH_NODULE, False: WITHOUT}
-        seed = FIRST_SEED
-        while any(len(kept[has]) < wanted[has] for has in kept):
-            scene = chest_scene.__wrapped__(seed, PHANTOM_SIZE)
-            has = scene.count(NODULE.label) > 0
-            if len(kept[has]) < wanted[has]:
-                kept[has].append(scene)
-            seed += 1
-        return kept[True] + kept[False]
+        """From the evaluation's seeds on: the first with a nodule, then the first without."""
+        if not self.cache.exists():
+            self._keep(list(_first_phantoms()))
+        with np.load(self.cache) as kept:
+            pixels, boxes = kept["pixels"], kept["boxes"]
+        return [
+            Scene(
+                kind="chest",
+                pixels=np.repeat(grey[:, :, None], 3, axis=2),
+                boxes=() if np.isnan(box).any() else (Box(NODULE.label, *map(float, box)),),
+            )
+            for grey, box in zip(pixels, boxes, strict=True)
+        ]
+
+    def _keep(self, scenes: Sequence[Scene]) -> None:
+        nothing = (np.nan,) * 4
+        found = [[box.xyxy for box in scene.labelled(NODULE.label)] for scene in scenes]
+        np.savez(
+            self.cache,
+            pixels=np.stack([scene.pixels[:, :, 0] for scene in scenes]),
+            boxes=np.array([boxes[0] if boxes else nothing for boxes in found]),
+        )
 
     def questions(self) -> Iterator[tuple[str, int, list[tuple[str, Asked]]]]:
         """(what, tokens to answer in, pictures with their question), in the plainest wording."""
@@ -120,6 +134,19 @@ class HeldOut:
             question = f"Is there a {target.singular[0]}?"
             seen = [worded(question, yes_no(one.count(target.label) > 0)) for one in scenes]
             yield f"{target.label} presence", WORD_TOKENS, _items(scenes, seen)
+
+
+def _first_phantoms() -> Iterator[Scene]:
+    kept: dict[bool, list[Scene]] = {True: [], False: []}
+    wanted = {True: WITH_NODULE, False: WITHOUT}
+    seed = FIRST_SEED
+    while any(len(kept[has]) < wanted[has] for has in kept):
+        scene = chest_scene.__wrapped__(seed, PHANTOM_SIZE)
+        has = scene.count(NODULE.label) > 0
+        if len(kept[has]) < wanted[has]:
+            kept[has].append(scene)
+        seed += 1
+    return iter(kept[True] + kept[False])
 
 
 def _items(scenes: Sequence[Scene], samples: Sequence[Sample]) -> list[tuple[str, Asked]]:

@@ -102,7 +102,7 @@ def test_which_rewards_apply_to_which_task() -> None:
     assert applying(case("x", boxes=TRUTH, geometries=(GEOMETRY,))) == boxes
     assert applying(case("x", boxes=(), geometries=(GEOMETRY,))) == boxes
     assert applying(case("B", answer="B", choices=("a", "b"))) == {"option"}
-    assert applying(case("x", answer="Yes")) == {"yes_no"}
+    assert applying(case("x", answer="Yes")) == {"yes_no"} == applying(case("x", answer="No."))
     assert applying(case("x", answer="3 cm")) == {"number"}
     assert applying(case("x", answer="left lung")) == set()
     assert applying(case("x", target="No effusion.")) == {"findings"}

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medmo_edge.errors import UsageError
 from medmo_edge.train.attention import NAME, additive
 from medmo_edge.train.collator import PREFIX, visible
+from medmo_edge.train.packed_attention import NAME as PACKED
 from medmo_edge.train.packing import Encoded
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def mask_for(model: Any, seen: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     kind = model.config.text_config._attn_implementation
-    if kind == "sdpa":
+    if kind in ("sdpa", PACKED):  # which is sdpa where it is given a mask
         return seen
     if kind in (NAME, "eager"):
         return additive(seen, torch.bfloat16 if kind == NAME else model.dtype)

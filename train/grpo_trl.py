@@ -203,9 +203,9 @@ def engine_of(stage: RlStage) -> str:
 
 def make_config(stage: RlStage, folder: Path, *, seed: int, max_steps: int, base: Base) -> Any:
     """GRPOConfig of a stage. Errors: UsageError without trl."""
-    rollouts, objective, tuning = stage.rollouts, stage.objective, stage.tuning
-    engine = engine_of(stage)
-    ids = base.config
+    import torch
+
+    tuning = stage.tuning
     return _library("trl").GRPOConfig(
         output_dir=str(folder),
         seed=seed,
@@ -220,31 +220,43 @@ def make_config(stage: RlStage, folder: Path, *, seed: int, max_steps: int, base
         adam_beta2=tuning.betas[1],
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip_norm,
-        num_generations=rollouts.num_generations,
-        max_completion_length=rollouts.max_completion_tokens,
-        temperature=rollouts.temperature,
-        top_k=0,
-        loss_type=objective.loss_type,
-        epsilon=objective.epsilon,
-        epsilon_high=objective.epsilon_high,
-        beta=objective.beta,
-        scale_rewards=objective.scale_rewards,
-        num_iterations=objective.num_iterations,
-        mask_truncated_completions=objective.mask_truncated_completions,
-        reward_weights=[weight for weight in stage.rewards.values() if weight > 0],
-        use_vllm=engine != "generate",
-        vllm_mode="server" if engine == "vllm-server" else "colocate",
-        vllm_gpu_memory_utilization=rollouts.engine_memory,
-        vllm_max_model_length=rollouts.max_prompt_tokens + rollouts.max_completion_tokens,
-        generation_kwargs=None
-        if engine != "generate"
-        else {"suppress_tokens": [ids.image_token_id, ids.video_token_id]},
         shuffle_dataset=False,
         bf16=base.precision == "bfloat16",
-        use_cpu=base.device == "cpu",
+        use_cpu=not torch.cuda.is_available(),
         report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") else [],
         logging_steps=1,
+        **_objective(stage),
+        **_sampling(stage, base),
     )
+
+
+def _objective(stage: RlStage) -> dict[str, Any]:
+    names = ("loss_type", "epsilon", "epsilon_high", "beta", "scale_rewards", "num_iterations")
+    values = {name: getattr(stage.objective, name) for name in names}
+    return values | {
+        "mask_truncated_completions": stage.objective.mask_truncated_completions,
+        "reward_weights": [weight for weight in stage.rewards.values() if weight > 0],
+    }
+
+
+def _sampling(stage: RlStage, base: Base) -> dict[str, Any]:
+    rollouts, config = stage.rollouts, base.config
+    values: dict[str, Any] = {
+        "num_generations": rollouts.num_generations,
+        "max_completion_length": rollouts.max_completion_tokens,
+        "temperature": rollouts.temperature,
+        "top_k": 0,
+    }
+    engine = engine_of(stage)
+    if engine == "generate":
+        silent = [config.image_token_id, config.video_token_id]
+        return values | {"generation_kwargs": {"suppress_tokens": silent}}
+    return values | {
+        "use_vllm": True,
+        "vllm_mode": engine.removeprefix("vllm-"),
+        "vllm_gpu_memory_utilization": rollouts.engine_memory,
+        "vllm_max_model_length": rollouts.max_prompt_tokens + rollouts.max_completion_tokens,
+    }
 
 
 def _library(name: str) -> Any:

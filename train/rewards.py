@@ -140,7 +140,7 @@ def _letter(answer: str, choices: Sequence[str]) -> str:
 
 
 def _yes_no(case: Case) -> float | None:
-    plain = (case.answer or "").strip().lower()
+    plain = (case.answer or "").strip(" .").lower()
     return None if case.choices or plain not in ("yes", "no") else yes_no_reward(case.text, plain)
 
 
