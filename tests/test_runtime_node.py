@@ -378,6 +378,24 @@ def _store_status(node: Node, path: Path) -> Any:
     return status
 
 
+def test_associations_are_limited(bench: Bench, write_source: WriteSource) -> None:
+    from pynetdicom import AE
+
+    bench.configure(node="max_associations = 2")
+    node = bench.start()
+    entity = AE(ae_title="CT1")
+    entity.add_requested_context("1.2.840.10008.1.1")
+    held = [
+        entity.associate("127.0.0.1", node.port, ae_title="MEDMO", max_pdu=16384) for _ in range(2)
+    ]
+    assert all(each.is_established for each in held)
+    ct = write_source("ct", bench.folder / "ct.dcm")
+    assert bench.send(node, ct) != 0 and bench.counts()["waiting"] == 0
+    for each in held:
+        each.release()
+    until(lambda: bench.send(node, ct) == 0)
+
+
 def test_hostile_peers_cost_one_connection(bench: Bench, write_source: WriteSource) -> None:
     bench.configure(node="max_instance_mb = 1\ntimeout_seconds = 2")
     node = bench.start()

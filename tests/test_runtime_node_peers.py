@@ -6,10 +6,11 @@ import io
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,8 +45,13 @@ def objects(tmp_path: Path) -> list[Path]:
 
 
 @contextmanager
-def _archive(replies: list[tuple[int, Any]]) -> Iterator[tuple[str, list[tuple[Any, bytes]]]]:
-    """An HTTP server that answers in order; (its address, requests as (headers, part))."""
+def _archive(
+    replies: list[tuple[int, Any]], tls: Tls | None = None
+) -> Iterator[tuple[str, list[tuple[Any, bytes]]]]:
+    """An HTTP server that answers in order; (its address, requests as (headers, part)).
+
+    With ``tls`` it speaks HTTPS and wants the client's certificate.
+    """
     seen: list[tuple[Any, bytes]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -68,11 +74,22 @@ def _archive(replies: list[tuple[int, Any]]) -> Iterator[tuple[str, list[tuple[A
         def log_message(self, *_: Any) -> None:
             """Quiet."""
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    class Quiet(http.server.HTTPServer):
+        def handle_error(self, *_: Any) -> None:
+            """A refused handshake is what a test wanted."""
+
+    server = Quiet(("127.0.0.1", 0), Handler)
+    if tls is not None and tls.certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tls.certificate, tls.key)
+        context.load_verify_locations(tls.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/dicom-web/studies", seen
+        kind = "http" if tls is None else "https"
+        yield f"{kind}://127.0.0.1:{server.server_port}/dicom-web/studies", seen
     finally:
         server.shutdown()
         thread.join()
@@ -187,6 +204,52 @@ def test_c_store_over_tls_checks_the_archive(objects: list[Path], tmp_path: Path
         assert list(send_files(_pacs(port, tls), objects)) == [Sent(True)] * 3
         (refused,) = send_files(_pacs(port, stranger, seconds=3), objects)
         assert not refused.delivered and not refused.reachable
+
+
+def test_stow_over_tls_checks_both_ends(objects: list[Path], tmp_path: Path) -> None:
+    tls = _certificate(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    stranger = _certificate(other)
+    with _archive([(200, {})] * 3, tls) as (url, seen):
+        good = Destination(name="web", kind="stow-rs", url=url, tls=tls, timeout_seconds=5)
+        assert list(send_files(good, objects)) == [Sent(True)] * 3
+        for wrong in (stranger, replace(stranger, ca=tls.ca), None):  # theirs, ours, neither
+            (refused,) = send_files(replace(good, tls=wrong), objects)
+            assert not refused.delivered and not refused.reachable
+    assert len(seen) == 3
+
+
+def test_a_failing_archive_is_asked_again_until_it_has_everything_once(
+    tmp_path: Path, write_source: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medmo_edge.runtime.node import Node
+    from medmo_edge.runtime.node_config import read_node_config
+    from medmo_edge.runtime.node_log import NodeLog, hashed
+    from medmo_edge.runtime.node_status import node_status
+    from medmo_edge.runtime.session import load
+
+    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
+    source = write_source("ct", tmp_path / "ct.dcm")
+    uid = str(pydicom.dcmread(source).SOPInstanceUID)
+    log = io.StringIO()
+    with _archive([(503, {}), (200, OUT_OF_MEMORY), (200, {})]) as (url, seen):
+        (tmp_path / "rules.toml").write_text(
+            '[node]\nae_title = "MEDMO"\nspool = "spool"\nport = 0\naccept_from = ["CT1"]\n'
+            "min_free_mb = 1\nretry_seconds = 0.1\nmax_retry_seconds = 0.2\n"
+            f'[destinations.web]\nkind = "stow-rs"\nurl = "{url}"\n'
+            '[[rules]]\nname = "r"\nquestions = "What?"\nresults = "sr"\nsend_to = "web"\n'
+        )
+        config = read_node_config(tmp_path / "rules.toml")
+        with Node(config, load("fake:yes"), NodeLog(log)) as node:
+            node._spool.write("incoming", "a.dcm", [source.read_bytes()])
+            node._queue.accept(hashed(uid), "CT1", "a.dcm", 1, time.time())
+            deadline = time.monotonic() + 20
+            while node_status(config)["destinations"]["web"]["sent"] < 1:
+                assert time.monotonic() < deadline, log.getvalue()
+                time.sleep(0.05)
+    assert "HTTP_status_503" in log.getvalue() and "failure_reason_A700" in log.getvalue()
+    assert len(seen) == 3 and len({part for _, part in seen}) == 1  # the same object each time
 
 
 def test_a_refusing_and_a_silent_archive(objects: list[Path], tmp_path: Path) -> None:

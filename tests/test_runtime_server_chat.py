@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -150,6 +151,75 @@ def test_json_schema() -> None:
         form["json_schema"] = {"name": "no", "schema": {"type": "string"}}
         reply = running.client.post("/v1/chat/completions", json={**body, "response_format": form})
         assert reply.status_code == 400 and "schema" in reply.json()["error"]["message"]
+
+
+FORMATS: list[tuple[Any, int]] = [
+    ({"type": "text"}, 200),
+    ({"type": "json_object"}, 200),
+    ({"type": "json_schema", "json_schema": {"name": "any"}}, 200),
+    ({"type": "json_schema", "json_schema": {"name": "any", "schema": {}, "strict": True}}, 200),
+    ({"type": "json_schema", "json_schema": {"name": "x" * 65, "schema": {}}}, 400),
+    ({"type": "json_schema", "json_schema": {"schema": {}}}, 400),
+    ({"type": "json_schema"}, 400),
+    ({"type": "xml"}, 400),
+    ("json_object", 400),
+    ({"type": "json_schema", "json_schema": {"name": "no", "schema": {"type": "array"}}}, 400),
+    (
+        {
+            "type": "json_schema",
+            "json_schema": {
+                "name": "tree",
+                "schema": {
+                    "$ref": "#/$defs/tree",
+                    "$defs": {
+                        "tree": {
+                            "type": "object",
+                            "properties": {
+                                "sure": {"type": "boolean"},
+                                "next": {"$ref": "#/$defs/tree"},
+                            },
+                        }
+                    },
+                },
+            },
+        },
+        200,
+    ),
+    (
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "big", "schema": {"description": "x" * 70_000}},
+        },
+        400,
+    ),
+]
+
+
+def test_every_form_of_response_format() -> None:
+    with served('fake:{"sure": true}') as running:
+        for form, status in FORMATS:
+            body = {"model": "fake", "messages": ASK, "response_format": form}
+            reply = running.client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == status, (form, reply.text)
+            if status == 200:
+                assert reply.json()["choices"][0]["message"]["content"] == '{"sure": true}'
+            else:
+                assert "\n" not in reply.json()["error"]["message"]
+
+
+def test_a_seed_repeats_an_answer_and_is_told(tiny_artifact: Path) -> None:
+    with served(tiny_artifact) as running:
+
+        def said(**options: Any) -> tuple[str, int]:
+            body = {"model": "medmo-edge", "messages": ASK, "max_tokens": 12, **options}
+            reply = running.client.post("/v1/chat/completions", json=body).json()
+            return reply["choices"][0]["message"]["content"], reply["medmo_edge"]["seed"]
+
+        first = said(temperature=1.5, seed=11)
+        assert first == said(temperature=1.5, seed=11) and first[1] == 11
+        drawn = said(temperature=1.5)
+        assert drawn == said(temperature=1.5, seed=drawn[1])
+        assert len({said(temperature=1.5, seed=seed)[0] for seed in range(4)}) > 1
 
 
 def test_control_tokens_in_a_message_are_plain_text(client: Any) -> None:

@@ -1,11 +1,15 @@
 """What an attacker on this machine, a careless proxy or a full disk would try."""
 
+import base64
 import logging
 import os
+import resource
 import statistics
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +144,53 @@ def test_bodies_are_bounded_with_and_without_a_length(server: Served) -> None:
             continue  # the server answered and hung up before all was sent
         assert status in (400, 413)
     assert server.client.get("/healthz").status_code == 200
+
+
+def _png_header(width: int, height: int) -> bytes:
+    """A PNG that promises many pixels and has none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99)))
+
+
+def _dicom_bomb() -> bytes:
+    """A deflated data set that grows a thousandfold, to 128 MB."""
+
+    def element(tag: bytes, vr: bytes, value: bytes) -> bytes:
+        return tag + vr + struct.pack("<H", len(value)) + value
+
+    meta = element(b"\2\0\x10\0", b"UI", b"1.2.840.10008.1.2.1.99")
+    head = element(b"\2\0\0\0", b"UL", struct.pack("<I", len(meta)))
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    zeros = b"\x09\0\x10\x10OB\0\0" + struct.pack("<I", 2**27)
+    body = deflater.compress(zeros) + deflater.compress(bytes(2**27)) + deflater.flush()
+    return bytes(128) + b"DICM" + head + meta + body
+
+
+def test_bombs_cost_one_line_and_no_memory(server: Served) -> None:
+    bombs = {
+        "pixels": (_png_header(60_000, 60_000), "more pixels than the limit"),
+        "lies": (_png_header(4000, 4000), "damaged"),
+        "deflated": (_dicom_bomb(), "grows beyond the limit"),
+    }
+    server.client.post("/v1/studies", files={"file": bombs["lies"][0]})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, (content, words) in bombs.items():
+        assert len(content) < 1 << 20
+        reply = server.client.post("/v1/studies", files={"file": content})
+        assert reply.status_code == 400 and words in reply.text, (name, reply.text)
+        url = "data:image/png;base64," + base64.b64encode(content).decode()
+        part = {"type": "image_url", "image_url": {"url": url}}
+        text = {"type": "text", "text": "Is it?"}
+        body = {"model": "fake", "messages": [{"role": "user", "content": [part, text]}]}
+        reply = server.client.post("/v1/chat/completions", json=body)
+        assert reply.status_code == 400 and words in reply.text, (name, reply.text)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+    assert server.client.get("/v1/studies").json()["data"] == []
 
 
 def test_logs_metrics_and_errors_hold_nothing_of_the_patient(
