@@ -1,6 +1,7 @@
 """The ``build`` command as a user meets it, on a machine whose GPU is a fake."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +23,21 @@ pytest.importorskip("onnx", reason="the fake TensorRT parses with it")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def artifact(tiny_artifacts: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(
+    tiny_artifacts: Callable[..., Path],
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A tiny artifact for TensorRT, without engines."""
-    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, tmp_path / "artifact")
+    folder = tmp_path_factory.mktemp("template") / "artifact"
+    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, folder)
+
+
+@pytest.fixture
+def artifact(template: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(template, tmp_path / "artifact"))
 
 
 @pytest.fixture

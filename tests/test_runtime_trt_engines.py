@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +31,21 @@ pytest.importorskip("onnx", reason="the fake TensorRT parses with it")
 KEY = "tensorrt-10.16.1-sm89-" + trt_engines.system_name()
 
 
-@pytest.fixture
-def artifact(tiny_artifacts: Callable[..., Path], tiny_checkpoint: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(
+    tiny_artifacts: Callable[..., Path],
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A tiny artifact for TensorRT, without engines."""
-    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, tmp_path / "artifact")
+    folder = tmp_path_factory.mktemp("template") / "artifact"
+    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, folder)
+
+
+@pytest.fixture
+def artifact(template: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(template, tmp_path / "artifact"))
 
 
 @pytest.fixture
