@@ -121,10 +121,12 @@ class Node:
         self.process = subprocess.Popen(
             command, cwd=self.folder, stderr=self.log, stdout=self.log, env=environment
         )
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180  # a busy machine
         while not listens(self.port):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the node did not start, see {self.folder / 'node.log'}")
+            code = self.process.poll()
+            if code is not None or time.monotonic() > deadline:
+                said = (self.folder / "node.log").read_text()[-500:]
+                raise SystemExit(f"the node did not start (exit code {code}): {said}")
             time.sleep(0.05)
 
     def kill(self) -> None:
