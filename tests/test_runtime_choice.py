@@ -131,9 +131,22 @@ def test_a_certified_artifact_goes_first(
     assert "comes after onnx-int8" in ranked[1].reason
 
 
+def test_int8_goes_first_where_it_is_fast(on: Callable[[str], Device]) -> None:
+    """Prompts are most of the wait for a short answer; without VNNI int8 saves nothing of them."""
+    laptop = on("AVX2 laptop")
+    for feature, first in (("avx_vnni", "onnx-int8"), ("avx512_vnni", "onnx-int8"), ("", "")):
+        device = replace(laptop, features=(*laptop.features, feature))
+        ranked = rank([artifact(target) for target in SIZES], device)
+        able = [each.manifest.target for each in ranked if each.obstacle is None]
+        expected = sorted(CPU_ORDER, key=lambda target: target != first)
+        assert able == expected
+    small = replace(laptop, features=("avx_vnni",), ram_available_bytes=int(5.5e9))
+    assert rank([artifact(target) for target in SIZES], small)[0].manifest.target == "onnx-int4"
+
+
 def test_the_table_names_known_backends_and_no_row_twice() -> None:
     assert {row.backend for row in ORDER} <= set(BACKENDS)
-    keys = [(row.backend, row.place, row.target) for row in ORDER]
+    keys = [(row.backend, row.place, row.target, row.needs) for row in ORDER]
     assert len(set(keys)) == len(keys)
 
 
