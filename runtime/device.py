@@ -30,12 +30,14 @@ _FEATURES = {
     "bf16": "bf16",
 }
 LIBRARIES = (
+    "cuda-bindings",
     "llama-cpp-python",
     "numpy",
     "onnxruntime",
     "onnxruntime-gpu",
     "pydicom",
     "tensorrt",
+    "tensorrt-rtx",
     "tokenizers",
 )
 _DPKG = "/var/lib/dpkg/status"
@@ -109,6 +111,11 @@ def probe() -> Device:
 def cpu_features() -> tuple[str, ...]:
     """What the processor can do that a backend may care for; () where the system does not say."""
     return _features(_text("/proc/cpuinfo"))
+
+
+def cuda_devices() -> tuple[Cuda, ...]:
+    """The CUDA GPUs alone; none without a driver."""
+    return _cuda()[0]
 
 
 def library_versions() -> dict[str, str | None]:

@@ -23,7 +23,7 @@ from medmo_edge.preprocess import Preprocessing, mrope_positions
 from medmo_edge.runtime import trt_fit as fit
 from medmo_edge.runtime import trt_library
 from medmo_edge.runtime.backends import START, Interrupted, Mark
-from medmo_edge.runtime.device import Device
+from medmo_edge.runtime.device import Device, cuda_devices
 from medmo_edge.runtime.graph_inputs import open_table
 from medmo_edge.runtime.model_facts import Facts
 from medmo_edge.runtime.ort_values import decode_rows
@@ -41,7 +41,7 @@ BUILD_VARIABLE = "MEDMO_EDGE_BUILD"
 
 def unavailable() -> str | None:
     """Why TensorRT cannot be used on this machine, else None."""
-    return trt_library.run_obstacle()
+    return trt_library.run_obstacle() or (None if cuda_devices() else fit.NO_GPU)
 
 
 def unsuited(manifest: Manifest, device: Device) -> str | None:

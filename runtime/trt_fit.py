@@ -16,6 +16,7 @@ from medmo_edge.runtime.model_facts import Facts, file_bytes
 from medmo_edge.runtime.ort_fit import graph_dtype
 from medmo_edge.runtime.ort_values import NUMBERS, Number
 
+NO_GPU = "no CUDA GPU: TensorRT needs one; export an onnx or gguf target for a CPU"
 _OLDEST_JETPACK = 7  # JetPack 6 has TensorRT 10.3 and stays with it
 _NO_TENSORRT_SM = 75  # older GPUs are served by no TensorRT that can run these graphs
 # CUDA context and kernels; what TensorRT's activations take is known once an engine is loaded.
@@ -123,7 +124,7 @@ def _newest_opset(name: str, version: str) -> int:
 def device_obstacle(manifest: Manifest, device: Device) -> str | None:
     """Why this machine cannot run this artifact with any engine, else None."""
     if not device.cuda:
-        return "no CUDA GPU: TensorRT needs one; export an onnx or gguf target for a CPU"
+        return NO_GPU
     jetson = device.jetson
     if jetson and jetson.jetpack and release_numbers(jetson.jetpack, 1)[0] < _OLDEST_JETPACK:
         return (

@@ -9,7 +9,7 @@ from unittest.mock import patch
 from cuda_fake import FakeCuda
 from trt_fake import World, make_tensorrt
 
-from medmo_edge.runtime import session, trt_cuda, trt_library
+from medmo_edge.runtime import session, trt, trt_cuda, trt_library
 from medmo_edge.runtime.device import Cuda, Device, probe
 
 
@@ -50,5 +50,6 @@ def pretend(memory_bytes: int = 1 << 30) -> Iterator[Machine]:
         patch.object(trt_library, "_load", lambda module: library),
         patch.object(trt_cuda, "load_cuda", lambda: world.cuda),
         patch.object(session, "probe", lambda: machine.device),
+        patch.object(trt, "cuda_devices", lambda: machine.device.cuda),
     ):
         yield machine
