@@ -29,7 +29,7 @@ from medmo_edge.train.base_model import load_base, set_trainable
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.parallel import Group
 from medmo_edge.train.stage_run import run_stages
-from medmo_edge.train.stages import Stage, load_stages
+from medmo_edge.train.stages import Module, Stage, load_stages
 from medmo_edge.train.step_log import read_metrics
 from medmo_edge.train.steps import Diverged
 from medmo_edge.train.supervised import Supervised, build_optimizer, rate_factor
@@ -196,7 +196,8 @@ def test_frozen_parts_have_no_optimiser_state_and_modules_their_own_rate(
         recipe.stages[0].tuning, module_rates={"merger": 5e-5}, weight_decay=0.1
     )
     base = load_base(tiny_checkpoint)
-    set_trainable(base, ("merger", "language"))
+    chosen: tuple[Module, ...] = ("merger", "language")
+    set_trainable(base, chosen)
     optimizer = build_optimizer(base.model, tuning)
     names = {id(p): name for name, p in base.model.named_parameters()}
     seen = {}
@@ -228,7 +229,8 @@ def test_the_rate_of_every_step(schedule: Any, wanted: list[float], tmp_path: Pa
 def test_a_loss_that_is_no_number_moves_nothing(data: Path, tiny_checkpoint: Path) -> None:
     base = load_base(tiny_checkpoint, precision="float32")
     stage = load_stages("medmo-8b").stages[0]
-    set_trainable(base, ("language",))
+    chosen: tuple[Module, ...] = ("language",)
+    set_trainable(base, chosen)
     with torch.no_grad():
         base.model.model.language_model.norm.weight[0] = torch.nan
     before = [one.clone() for one in base.model.parameters() if one.requires_grad]
