@@ -100,6 +100,28 @@ def test_blocks_of_bits_are_their_dequantised_matrix(
     assert (np.abs(run(weights, tmp_path, x) - expected)[0] <= bound + 1e-4).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_joined_matrices_are_the_same_alone(
+    tiny_checkpoint: Path, tmp_path: Path, bits: int
+) -> None:
+    """Queries, keys and values in one product: no bit of any result changes."""
+    names = [f"model.language_model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    encoding = Encoding(kind="nbits", bits=bits, block=32)
+    graph = Graph(name="linear", opset=21)
+    joined = Weights(graph=graph, checkpoint=open_checkpoint(tiny_checkpoint), dtype="float32")
+    graph.add_input("x", "FLOAT", ["B", "n", 256])
+    for part, y in zip("qkv", joined.linears("x", names, encoding), strict=True):
+        graph.add_many("Identity", y, outputs=[part])
+        graph.add_output(part, "FLOAT", ["B", "n", joined.matrix_shape(names["qkv".find(part)])[0]])
+    assert [node.op_type for node in graph.nodes][:2] == ["MatMulNBits", "Split"]
+    assert list(joined.stored) == names
+    x = inputs(256)
+    session = open_session(save(joined, tmp_path / "joined.onnx"), optimise=False)
+    for name, found in zip(names, session.run(None, {"x": x}), strict=True):
+        alone = run(one_linear(tiny_checkpoint, name, encoding), tmp_path, x)
+        np.testing.assert_array_equal(found, alone)
+
+
 def test_nibbles_are_stored_low_half_first() -> None:
     rows = np.array([[-8, 7, -1, 0] + [0] * 12], np.float32)
     codes, scales = encode_nbits(rows, 4, 16, np.dtype(np.float32))
