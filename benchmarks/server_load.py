@@ -4,7 +4,8 @@
     python benchmarks/server_load.py --quick                  # 30 seconds
     python benchmarks/server_load.py --peer build/bin/llama-server --clients 1 --minutes 1
 
-Each client talks over its own connection and streams. Half of the questions are about the client's
+Each client streams, one question after the other, over a new connection each: llama-server closes
+its own after a stream. Half of the questions are about the client's
 one image again and again, half about a new image each. Printed: time to the first text, time to
 the whole answer, answers and pieces of text per second, errors, and the server's memory over time.
 With ``--peer`` the same requests go to llama-server on the same GGUF files, greedily and for the
@@ -191,19 +192,19 @@ def _measure(
 
 def _client(port: int, number: int, end: float, tally: Tally) -> None:
     """Ask in turn about the client's own image and about one that nobody has sent before."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
     own, count = _image(number), 0
     while time.monotonic() < end:
         kind = KINDS[count // len(QUESTIONS) % 2]
         image = own if kind == KINDS[0] else _image((number + 1 << 24) + count)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
         try:
             first, whole, pieces = _ask(connection, image, QUESTIONS[count % len(QUESTIONS)])
         except (OSError, ValueError, http.client.HTTPException) as error:
             with tally.lock:
                 tally.errors.append(f"{type(error).__name__}: {error}")
-            connection.close()
             continue
         finally:
+            connection.close()
             count += 1
         with tally.lock:
             tally.first[kind].append(first)
