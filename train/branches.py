@@ -183,6 +183,7 @@ def mask_for(model: Any, seen: "torch.Tensor") -> "torch.Tensor":
     """
     import torch
 
+    model = getattr(model, "module", model)  # within DDP's wrapper
     kind = model.config.text_config._attn_implementation
     if kind in ("sdpa", PACKED):  # which is sdpa where it is given a mask
         return seen
