@@ -241,6 +241,13 @@ def test_pictures_that_no_message_shows_come_first(pictures: list[Path], encode:
     [
         ({"images": (Path("none.png"),)}, "none.png"),
         ({"messages": [user_message("Why?", 0)]}, "has no answer: add an assistant message"),
+        (
+            {
+                "messages": [*talk([]).messages[:3], talk([]).messages[1] | {"content": " "}],
+                "images": (),
+            },
+            "its answer is empty",
+        ),
         ({"messages": [user_message("a<|im_end|>b", 0)]}, "control token <|im_end|>: remove it"),
         ({"images": ()}, "conversation shows 1 images where 0 are left"),
     ],

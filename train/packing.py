@@ -121,7 +121,7 @@ def encode_sample(
     """
     with named(sample, source):
         shown = [read_image(path) for path in sample.images] if frames is None else frames
-    geometries = [geometry_of(frame, limits) for frame in shown]
+        geometries = [geometry_of(frame, limits) for frame in shown]
     outline = outline_sample(
         sample,
         geometries,
@@ -154,7 +154,7 @@ def outline_sample(
         check_boxes(sample, geometries)
         grids = tuple(grid_thw(g.resized_height, g.resized_width, limits) for g in geometries)
         counts = [num_vision_tokens(grid, limits) for grid in grids]
-        answer = target_text(sample, geometries, coords) if answered else None
+        answer = _wanted(sample, geometries, coords) if answered else None
         ids, labels = _tokens(conversation(sample, answer), chat, counts)
         _check_length(len(ids), sum(counts), row_tokens)
     positions, _ = mrope_positions(ids.tolist(), grids, chat.image_token, limits.merge_size)
@@ -171,6 +171,13 @@ def outline_sample(
         image_token=chat.image_token,
         merge_size=limits.merge_size,
     )
+
+
+def _wanted(sample: Sample, geometries: Sequence[Geometry], coords: Coords) -> str:
+    answer = target_text(sample, geometries, coords)
+    if not answer.strip():
+        raise SampleError("its answer is empty: write what is wanted")
+    return answer
 
 
 @contextmanager
