@@ -282,7 +282,8 @@ def test_reasons_of_libraries(artifact: Path, machine: Machine, engines: Engines
     for packages, expected in (
         ({}, r"TensorRT is not installed: pip install 'medmo-edge[tensorrt-rtx]'"),
         ({"tensorrt": "10.3.0"}, "tensorrt 10.3.0 is too old, 10.15 is the first"),
-        ({"tensorrt": "10.3.0"}, "on a Jetson JetPack 7.2 or newer has it"),
+        ({"tensorrt": "10.13.3"}, "too old, 10.15 is the first that can run these graphs: update "),
+        ({"tensorrt": "10.13.3"}, "on a Jetson JetPack 7.2 or newer has it"),
         ({"tensorrt-rtx": "1.6.0.1"}, "tensorrt-rtx 1.6.0.1 is too old, 1.7 is the first"),
         ({"tensorrt": "10.16.1.11"}, "cuda-bindings is not installed: pip install"),
     ):
