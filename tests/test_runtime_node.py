@@ -1,18 +1,16 @@
-"""The DICOM node against DCMTK's echoscu, storescu and storescp, and a hostile socket."""
+"""The DICOM node against DCMTK's echoscu, storescu and storescp."""
 
 import errno
-import io
 import shutil
-import socket
-import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from node_bench import ANSWER, Bench, WriteSource, tool, until
 
 from medmo_edge.errors import NodeError
 from medmo_edge.runtime.node import Node, requeue
@@ -28,103 +26,6 @@ pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
 )
-WriteSource = Callable[..., Path]
-ANSWER = "fake:nodule <box>[[100, 200, 300, 400]]</box>"
-RULES = """
-[node]
-ae_title = "MEDMO"
-spool = "spool"
-port = 0
-accept_from = ["CT1", "PACS"]
-min_free_mb = 1
-retry_seconds = 0.1
-max_retry_seconds = 0.2
-{node}
-[destinations.pacs]
-kind = "c-store"
-host = "127.0.0.1"
-port = {port}
-ae_title = "PACS"
-{destination}
-[[rules]]
-name = "locate"
-modality = ["CT", "US"]
-questions = ["Locate the nodule.", "Describe it."]
-results = ["sr", "gsps"]
-send_to = ["pacs"]
-{rule}
-"""
-
-
-def tool(name: str) -> str:
-    """Path of a DCMTK program, or a skip."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def until(done: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait for ``done``, or fail."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-class Bench:
-    """A node in this process, its log, and the folder of a storescp that may run or not."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        self.stack = stack
-        self.port = free_port()
-        self.got = folder / "got"
-        self.got.mkdir()
-        self.log = io.StringIO()
-
-    def configure(self, *, node: str = "", destination: str = "", rule: str = "") -> None:
-        """Write rules.toml."""
-        text = RULES.format(port=self.port, node=node, destination=destination, rule=rule)
-        (self.folder / "rules.toml").write_text(text)
-        self.config = read_node_config(self.folder / "rules.toml")
-
-    def start(self, answer: str = ANSWER) -> Node:
-        """A running node."""
-        node = Node(self.config, load(answer), NodeLog(self.log))
-        node.start()
-        self.stack.callback(node.stop)
-        return node
-
-    def receive(self, *options: str) -> None:
-        """Start the destination."""
-        command = [tool("storescp"), "-q", "+uf", "-od", str(self.got), *options, str(self.port)]
-        peer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.stack.callback(peer.wait)
-        self.stack.callback(peer.terminate)
-
-    def send(self, node: Node, *paths: Path, calling: str = "CT1", called: str = "MEDMO") -> int:
-        """Exit code of storescu."""
-        command = [tool("storescu"), "-aet", calling, "-aec", called, "127.0.0.1", str(node.port)]
-        return subprocess.run([*command, *map(str, paths)], capture_output=True).returncode
-
-    def counts(self) -> dict[str, int]:
-        """States of instances and deliveries."""
-        status = node_status(self.config)
-        destination = status["destinations"]["pacs"]
-        return {
-            **status["instances"],
-            "sent": destination["sent"],
-            "failed": destination["failed"],
-            "unsent": destination["waiting"],
-        }
 
 
 @pytest.fixture
@@ -333,81 +234,3 @@ def test_a_disk_that_is_full_during_the_answer_postpones_it(
     assert bench.send(node, write_source("ct", bench.folder / "ct.dcm")) == 0
     until(lambda: bench.counts()["sent"] == 4)
     assert bench.log.getvalue().count("postponed") == 2
-
-
-def test_an_artifact_that_is_swapped_halts_the_node_and_loses_nothing(
-    bench: Bench, write_source: WriteSource, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact = bench.folder / "artifact"
-    shutil.copytree(tiny_artifact, artifact)
-    bench.configure(rule="max_new_tokens = 2")
-    node = bench.start(str(artifact))
-    plain = node._session.study
-
-    def swap(*frames: Any) -> Any:
-        (artifact / "manifest.json").rename(bench.folder / "old.json")
-        shutil.copy(bench.folder / "old.json", artifact / "manifest.json")
-        return plain(*frames)
-
-    monkeypatch.setattr(node._session, "study", swap)
-    assert bench.send(node, write_source("ct", bench.folder / "a.dcm", SOPInstanceUID="1.2.3")) == 0
-    until(lambda: " halted " in bench.log.getvalue())
-    status = node_status(bench.config)
-    assert status["instances"]["waiting"] == 1 and bench.counts()["unsent"] == 0
-    assert "attention: the artifact was changed on disk" in format_status(status)
-    refused = _store_status(node, write_source("ct", bench.folder / "b.dcm"))
-    assert refused.Status == 0xA700 and refused.ErrorComment == "artifact changed"
-    node.stop()
-    monkeypatch.undo()
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
-    bench.start(str(artifact))
-    until(lambda: bench.counts()["answered"] == 1)
-    assert node_status(bench.config)["attention"] == "" and bench.counts()["unsent"] == 4
-
-
-def _store_status(node: Node, path: Path) -> Any:
-    """What the node answers to a C-STORE, whole."""
-    from pynetdicom import AE
-
-    dataset = pydicom.dcmread(path)
-    entity = AE(ae_title="CT1")
-    entity.add_requested_context(dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID)
-    association = entity.associate("127.0.0.1", node.port, ae_title="MEDMO")
-    status = association.send_c_store(dataset)
-    association.release()
-    return status
-
-
-def test_associations_are_limited(bench: Bench, write_source: WriteSource) -> None:
-    from pynetdicom import AE
-
-    bench.configure(node="max_associations = 2")
-    node = bench.start()
-    entity = AE(ae_title="CT1")
-    entity.add_requested_context("1.2.840.10008.1.1")
-    held = [
-        entity.associate("127.0.0.1", node.port, ae_title="MEDMO", max_pdu=16384) for _ in range(2)
-    ]
-    assert all(each.is_established for each in held)
-    ct = write_source("ct", bench.folder / "ct.dcm")
-    assert bench.send(node, ct) != 0 and bench.counts()["waiting"] == 0
-    for each in held:
-        each.release()
-    until(lambda: bench.send(node, ct) == 0)
-
-
-def test_hostile_peers_cost_one_connection(bench: Bench, write_source: WriteSource) -> None:
-    bench.configure(node="max_instance_mb = 1\ntimeout_seconds = 2")
-    node = bench.start()
-    with socket.create_connection(("127.0.0.1", node.port)) as peer:
-        peer.settimeout(5)
-        peer.sendall(struct.pack(">BBL", 1, 0, 2**31))  # a PDU of two gigabytes
-        assert peer.recv(100) == b""
-    with socket.create_connection(("127.0.0.1", node.port)) as peer:
-        peer.settimeout(5)
-        peer.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert peer.recv(100)[:1] in (b"", b"\x07")
-    large = write_source("ct", bench.folder / "large.dcm", EncapsulatedDocument=bytes(3_000_000))
-    assert bench.send(node, large) != 0
-    assert bench.send(node, write_source("ct", bench.folder / "ct.dcm")) == 0
-    until(lambda: bench.counts()["answered"] == 1)
