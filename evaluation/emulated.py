@@ -13,13 +13,14 @@ from logging import getLogger
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from medmo_edge.errors import ArtifactError, UsageError
+from medmo_edge.errors import ArtifactError, BackendUnavailable, UsageError
 from medmo_edge.evaluation.emulated_graph import emulate_graph
 from medmo_edge.manifest import MANIFEST_NAME, Manifest, read_manifest
 from medmo_edge.runtime import ort_native as native
 from medmo_edge.runtime.backends import choose
 from medmo_edge.runtime.chat import Chat
 from medmo_edge.runtime.device import Device, probe
+from medmo_edge.runtime.model_facts import memory_obstacle
 from medmo_edge.runtime.ort import Ort
 from medmo_edge.runtime.session import Session, load
 
@@ -109,6 +110,9 @@ class Emulated(Ort):
     ) -> None:
         """Errors: ArtifactError, BackendUnavailable."""
         native.load_library()
+        obstacle = memory_obstacle(_needed_bytes(manifest), device)
+        if obstacle is not None:
+            raise BackendUnavailable(f"{manifest.folder} cannot be emulated: it {obstacle}")
         with _rewritten(manifest, rounded) as (folder, copy):
             capacity = _capacity(manifest)
             cells = min(max_context or capacity, capacity)
@@ -141,6 +145,12 @@ def _rewritten(
     except BaseException:
         temporary.cleanup()
         raise
+
+
+def _needed_bytes(manifest: Manifest) -> int:
+    """Weights in float32, twice: the rewritten file in memory, and what the library makes of it."""
+    parts = (manifest.weights.get(part, {}) for part in ("language", "vision"))
+    return 8 * sum(int(part.get("parameters", 0)) for part in parts)
 
 
 def _capacity(manifest: Manifest) -> int:

@@ -127,6 +127,18 @@ def test_a_missing_library_is_named(artifact: Path, monkeypatch: pytest.MonkeyPa
         emulate(artifact)
 
 
+def test_too_little_memory_is_said_before_anything_is_written(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4.7 million parameters in float32, twice, are 38 MB."""
+    small = replace(probe(), ram_available_bytes=30_000_000)
+    monkeypatch.setattr("medmo_edge.evaluation.emulated.probe", lambda: small)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(BackendUnavailable, match="cannot be emulated: it needs about 0.0 GB"):
+        emulate(artifact)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_its_certificate_counts_for_no_gpu(artifact: Path) -> None:
     """Whatever an emulated verification found, an engine has to be verified itself."""
     with emulate(artifact) as session:
