@@ -277,11 +277,6 @@ class Decoder:
         self._contexts[DECODE].launch()
         self._gpu.to_host(self._logits_here, self._logits.address)
 
-    @property
-    def has_graph(self) -> bool:
-        """Whether decode steps run as a captured graph by now."""
-        return self._steps.has_graph
-
     def save(self, used: int) -> NDArray[np.uint8]:
         """The first ``used`` cells as bytes."""
         return self._cache.save(used)
@@ -307,10 +302,6 @@ class _Steps:
         self._gpu, self._context, self._work, self._enabled = gpu, context, work, enabled
         #: by addresses; None where they have been launched once and not captured yet
         self._graphs: dict[Any, Any] = {}
-
-    @property
-    def has_graph(self) -> bool:
-        return any(graph is not None for graph in self._graphs.values())
 
     def run(self) -> None:
         """Enqueue one step."""

@@ -8,7 +8,6 @@ what it leaves undefined raises Violation. Graphs in float32 or float16 only.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
@@ -16,74 +15,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from cuda_fake import FakeCuda, Violation
+from cuda_fake import Violation
+from trt_fake_builder import Builder, OnnxParser
+from trt_world import (
+    MAGIC,
+    STORAGE,
+    DataType,
+    ILogger,
+    IProgressMonitor,
+    Severity,
+    Strategy,
+    TensorIOMode,
+    World,
+    tensors_of,
+)
 
-_MAGIC = b"fake plan "
 _SCRATCH = 4096
 _ALIGNMENT = 256
-DataType = IntEnum("DataType", "FLOAT HALF BF16 INT32 INT64 BOOL FP8 INT4 FP4", start=0)
-TensorIOMode = IntEnum("TensorIOMode", "NONE INPUT OUTPUT", start=0)
-Strategy = IntEnum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED", start=0)
-Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
-# onnx.TensorProto.DataType -> name
-_TYPES = {1: "FLOAT", 10: "HALF", 16: "BF16", 6: "INT32", 7: "INT64", 9: "BOOL"}
-_STORAGE = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64"}
-_LAYERS = {
-    "TensorScatter": ["KV_CACHE_UPDATE"],
-    "Attention": ["ATTENTION_INPUT", "ATTENTION_OUTPUT"],
-    "RotaryEmbedding": ["ROTARY_EMBEDDING"],
-    "QuantizeLinear": ["QUANTIZE"],
-    "DequantizeLinear": ["DEQUANTIZE"],
-}
-
-
-class ILogger:
-    """The base class of loggers."""
-
-    Severity = Severity
-
-
-class IProgressMonitor:
-    """The base class of monitors."""
-
-
-@dataclass(eq=False)
-class World:
-    """What the fake library and its objects share; tests change it.
-
-    ``in_place``: whether engines report aliases; ``refuses``: operators the parser does not know;
-    ``fails``: a message with which compiling fails.
-    """
-
-    cuda: FakeCuda
-    version: str = "10.16.1.11"
-    sm: int = 89
-    in_place: bool = True
-    is_capturable: bool = True
-    refuses: frozenset[str] = frozenset()
-    fails: str | None = None
-    deserialised: int = 0
-    logger: Any = None
-    launches: list[tuple[str, int, bool]] = field(default_factory=list)
-    sessions: dict[str, Any] = field(default_factory=dict)
-
-    def register(self, logger: Any) -> Any:
-        """The logger that is really used: TensorRT keeps to the first one it was given."""
-        self.logger = self.logger or logger
-        return self.logger
-
-    def session(self, path: str) -> Any:
-        """ONNX Runtime on the CPU with the graph of a plan."""
-        if path not in self.sessions:
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            options.log_severity_level = 4
-            self.sessions[path] = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
-        return self.sessions[path]
 
 
 def make_tensorrt(world: World) -> SimpleNamespace:
@@ -103,195 +51,6 @@ def make_tensorrt(world: World) -> SimpleNamespace:
     )
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One input or output of a network or engine, -1 where its shape is free."""
-
-    name: str
-    dtype: DataType
-    shape: tuple[int, ...]
-
-
-def _tensor(value: Any) -> Tensor:
-    kind = value.type.tensor_type
-    dims = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim]
-    return Tensor(value.name, DataType[_TYPES[kind.elem_type]], tuple(dims))
-
-
-def _tensors(path: str) -> tuple[list[Tensor], list[Tensor]]:
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return [_tensor(each) for each in graph.input], [_tensor(each) for each in graph.output]
-
-
-class Network:
-    """INetworkDefinition."""
-
-    def __init__(self, flags: int) -> None:
-        self.flags = flags
-        self.path = ""
-        self._layers: list[str] = []
-        self._inputs: list[Tensor] = []
-
-    def fill(self, path: str, layers: list[str], inputs: list[Tensor]) -> None:
-        """What the parser does."""
-        self.path, self._layers, self._inputs = path, layers, inputs
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._layers)
-
-    @property
-    def num_inputs(self) -> int:
-        return len(self._inputs)
-
-    def get_layer(self, index: int) -> Any:
-        return SimpleNamespace(type=SimpleNamespace(name=self._layers[index]))
-
-    def get_input(self, index: int) -> Tensor:
-        return self._inputs[index]
-
-
-class OnnxParser:
-    """OnnxParser; reads the real file."""
-
-    def __init__(self, world: World, network: Network, logger: Any) -> None:
-        self._world, self._network = world, network
-        self._errors: list[tuple[str, str]] = []
-
-    def parse_from_file(self, model: str) -> bool:
-        import onnx
-
-        try:
-            graph = onnx.load(model, load_external_data=False).graph
-        except Exception as error:
-            self._errors = [("", f"failed to parse {model}: {error}")]
-            return False
-        unknown = sorted({node.op_type for node in graph.node} & self._world.refuses)
-        if unknown:
-            self._errors = [(unknown[0], f"No importer registered for op: {unknown[0]}")]
-            return False
-        layers = [name for node in graph.node for name in _LAYERS.get(node.op_type, ["SHUFFLE"])]
-        self._network.fill(model, layers, [_tensor(each) for each in graph.input])
-        return True
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> Any:
-        operator, text = self._errors[index]
-        return SimpleNamespace(desc=lambda: text, node_operator=lambda: operator)
-
-
-class TimingCache:
-    """ITimingCache: remembers how many builds it has seen."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-
-    def serialize(self) -> bytes:
-        return self.content
-
-
-class Profile:
-    """IOptimizationProfile."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[str, list[tuple[int, ...]]] = {}
-
-    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-        self.shapes[input] = [tuple(min), tuple(opt), tuple(max)]
-
-
-class Config:
-    """IBuilderConfig."""
-
-    def __init__(self) -> None:
-        self.profiles: list[Profile] = []
-        self.progress_monitor: Any = None
-        self.builder_optimization_level = 3
-        self.limits: dict[int, int] = {}
-        self._timing: TimingCache | None = None
-
-    def add_optimization_profile(self, profile: Profile) -> int:
-        self.profiles.append(profile)
-        return len(self.profiles) - 1
-
-    def set_memory_pool_limit(self, pool: int, pool_size: int) -> None:
-        self.limits[pool] = pool_size
-
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache:
-        return TimingCache(serialized_timing_cache)
-
-    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
-        self._timing = cache
-        return True
-
-    def get_timing_cache(self) -> TimingCache | None:
-        return self._timing
-
-
-class Builder:
-    """Builder; a plan is built as soon as its profiles make sense."""
-
-    def __init__(self, world: World, logger: Any) -> None:
-        self._world, self._logger = world, world.register(logger)
-
-    def create_network(self, flags: int = 0) -> Network:
-        return Network(flags)
-
-    def create_builder_config(self) -> Config:
-        return Config()
-
-    def create_optimization_profile(self) -> Profile:
-        return Profile()
-
-    def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
-        error = self._world.fails or self._mistake(network, config)
-        if error is not None:
-            self._logger.log(Severity.ERROR, error)
-            return None
-        if not self._tell(config.progress_monitor):
-            return None
-        timing = config.get_timing_cache()
-        if timing is not None:
-            timing.content += b"timed "
-        plan = {
-            "path": network.path,
-            "profiles": [each.shapes for each in config.profiles],
-            "version": self._world.version,
-            "sm": self._world.sm,
-        }
-        return _MAGIC + json.dumps(plan).encode()
-
-    @staticmethod
-    def _mistake(network: Network, config: Config) -> str | None:
-        if not network.flags & 0b10:
-            return "the network is not strongly typed"
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            for profile in config.profiles or [Profile()]:
-                if -1 in tensor.shape and tensor.name not in profile.shapes:
-                    return f"{tensor.name} is dynamic and has no shape in a profile"
-                for three in zip(*profile.shapes.get(tensor.name, []), tensor.shape, strict=False):
-                    low, usual, high, fixed = three
-                    if not low <= usual <= high or (fixed >= 0 and {low, high} != {fixed}):
-                        return f"{tensor.name} has a profile that cannot be"
-        return None
-
-    @staticmethod
-    def _tell(monitor: Any) -> bool:
-        if monitor is None:
-            return True
-        monitor.phase_start("Building Engine", None, 3)
-        monitor.phase_start("Tactics", "Building Engine", 2)
-        going = all(monitor.step_complete("Building Engine", step) for step in range(3))
-        monitor.phase_finish("Building Engine")
-        return going
-
-
 class Runtime:
     """Runtime; refuses plans of another version or GPU as TensorRT does."""
 
@@ -301,10 +60,10 @@ class Runtime:
     def deserialize_cuda_engine(self, serialized_engine: Any) -> "Engine | None":
         self._world.deserialised += 1
         content = bytes(memoryview(serialized_engine))
-        if not content.startswith(_MAGIC):
+        if not content.startswith(MAGIC):
             self._logger.log(Severity.ERROR, "Serialization assertion header.magicTag failed")
             return None
-        plan = json.loads(content[len(_MAGIC) :])
+        plan = json.loads(content[len(MAGIC) :])
         if (plan["version"], plan["sm"]) != (self._world.version, self._world.sm):
             self._logger.log(Severity.ERROR, "The engine plan file is not compatible")
             return None
@@ -320,7 +79,7 @@ class Engine:
 
     def __init__(self, world: World, logger: Any, plan: dict[str, Any]) -> None:
         self.world, self.logger, self.plan = world, logger, plan
-        inputs, outputs = _tensors(plan["path"])
+        inputs, outputs = tensors_of(plan["path"])
         self.inputs = {each.name: each for each in inputs}
         self.tensors = {each.name: each for each in [*inputs, *outputs]}
         self.profiles_in_use: set[int] = set()
@@ -341,7 +100,7 @@ class Engine:
         shapes = self.plan["profiles"][profile_index].get(name, [self.inputs[name].shape] * 3)
         return [tuple(each) for each in shapes]
 
-    def get_aliased_input_tensor(self, name: str) -> str | None:
+    def get_aliased_inputtensor_of(self, name: str) -> str | None:
         if self.world.in_place and name.startswith("present_"):
             return name.replace("present_", "past_")
         return None
@@ -410,7 +169,7 @@ class ExecutionContext:
             if -1 in tensor.shape and name not in self._shapes:
                 return self._refuse(f"{name} has no shape")
         for name in engine.tensors:
-            alias = engine.get_aliased_input_tensor(name)
+            alias = engine.get_aliased_inputtensor_of(name)
             if alias is not None and self._addresses[name] != self._addresses[alias]:
                 return self._refuse(f"{name} must share its address with {alias}")
         capturing = cuda.is_capturing(stream_handle)
@@ -427,7 +186,7 @@ class ExecutionContext:
         engine, cuda = self._engine, self._world.cuda
         feeds = {}
         for name, tensor in engine.inputs.items():
-            dtype = np.dtype(_STORAGE[tensor.dtype.name])
+            dtype = np.dtype(STORAGE[tensor.dtype.name])
             shape = shapes.get(name, tensor.shape)
             raw = cuda.memory(addresses[name], int(np.prod(shape)) * dtype.itemsize)
             feeds[name] = raw.view(dtype).reshape(shape).copy()

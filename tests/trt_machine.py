@@ -7,7 +7,8 @@ from typing import Any
 from unittest.mock import patch
 
 from cuda_fake import FakeCuda
-from trt_fake import World, make_tensorrt
+from trt_fake import make_tensorrt
+from trt_world import World
 
 from medmo_edge.runtime import session, trt, trt_cuda, trt_library
 from medmo_edge.runtime.device import Cuda, Device, probe
