@@ -3,7 +3,7 @@
 The expected values ("truth") are computed from the checkpoint by ``plain_forward`` in float32:
 neither torch nor the artifact takes part. Where the backend runs on the exporting machine, what the
 artifact itself gives is stored beside them ("exported"), and its greedy answer is what logits are
-compared along; elsewhere only the first token is compared.
+compared along; elsewhere it is a given text where boxes are asked for, and else the first token.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +57,7 @@ _CASES = (
     ("tall", 7_000_003, (2, 33), TASK_PROMPTS["caption"]),
 )
 _ODD_PIXELS = 5  # more than whole tokens, so that every picture has to be resized
+_BOX_QUESTIONS = (locate_prompt("nodule"),)
 # Reading this text tests coordinates; what a model would say does not matter.
 _BOX = (125, 250, 500, 875)
 
@@ -90,7 +91,10 @@ def make_golden(
     """
     drawn = [_draw(checkpoint, *case) for case in _CASES]
     own, origin = _ask_artifact(artifact, drawn)
-    answers = [list(each.observed.tokens) if each else [] for each in own]
+    answers = [
+        list(mine.observed.tokens) if mine else _given_answer(checkpoint, each)
+        for each, mine in zip(drawn, own, strict=True)
+    ]
     prompts = [
         Prompt(ids=[*each.prompt_ids, *answer[:-1]], images=[each.resized])
         for each, answer in zip(drawn, answers, strict=True)
@@ -110,7 +114,9 @@ def make_golden(
         preprocessing_sha256=checkpoint.preprocessing.sha256,
         levels=len(checkpoint.config.vision.deepstack_indexes),
         limits=_limits(read_gates(), artifact),
-        cases=[_case(checkpoint, *parts) for parts in zip(drawn, outputs, own, strict=True)],
+        cases=[
+            _case(checkpoint, *parts) for parts in zip(drawn, outputs, own, answers, strict=True)
+        ],
     )
 
 
@@ -161,13 +167,28 @@ def _ask_artifact(
         return [None] * len(drawn), {"obstacle": str(error)}
 
 
-def _case(checkpoint: Checkpoint, drawn: _Drawn, truth: Outputs, own: _Own | None) -> GoldenCase:
+def _given_answer(checkpoint: Checkpoint, drawn: _Drawn) -> list[int]:
+    """What logits are compared along where the artifact cannot answer itself: where boxes are asked
+    for, the text of one, so that decoding with a cache is tested too; else the first token alone.
+    """
+    if drawn.question not in _BOX_QUESTIONS:
+        return []
+    return checkpoint.load_tokenizer().encode(_box_text(checkpoint, drawn))
+
+
+def _case(
+    checkpoint: Checkpoint,
+    drawn: _Drawn,
+    truth: Outputs,
+    own: _Own | None,
+    answer: Sequence[int],
+) -> GoldenCase:
     length = checkpoint.load_tokenizer().length
     features, logits = truth.vision[0], truth.logits[:, :length]
     rows = _spread(len(features), _SAMPLED_TOKENS)
     columns = _columns(features, 1 + len(checkpoint.config.vision.deepstack_indexes))
     top_ids = [int(token) for token in np.argsort(-logits[0], kind="stable")[:_TOP]]
-    tokens = list(own.observed.tokens) if own else top_ids[:1]
+    tokens = list(answer) or top_ids[:1]
 
     def values(features: Array, logits: Array) -> Values:
         return make_values(features, rows, columns, logits, top_ids, tokens)
@@ -185,7 +206,7 @@ def _case(checkpoint: Checkpoint, drawn: _Drawn, truth: Outputs, own: _Own | Non
         columns=columns,
         top_ids=top_ids,
         tokens=tokens,
-        box_text=f"nodule <box>[{list(_box_units(checkpoint, drawn))}]</box>",
+        box_text=_box_text(checkpoint, drawn),
         boxes=[_box_pixels(checkpoint, drawn)],
         truth=values(features, logits),
         exported=values(own.features, own.observed.logits_TV) if own else None,
@@ -217,6 +238,10 @@ def _units(checkpoint: Checkpoint, drawn: _Drawn) -> tuple[int, int]:
         drawn.resized.shape[:2] if checkpoint.coords == "pixel_resized" else drawn.pixels.shape[:2]
     )
     return (1000, 1000) if checkpoint.coords == "norm1000" else (width, height)
+
+
+def _box_text(checkpoint: Checkpoint, drawn: _Drawn) -> str:
+    return f"nodule <box>[{list(_box_units(checkpoint, drawn))}]</box>"
 
 
 def _box_units(checkpoint: Checkpoint, drawn: _Drawn) -> list[int]:

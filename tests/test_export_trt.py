@@ -190,11 +190,17 @@ def test_profiles_follow_preprocessing_and_cache(
     assert graph.input[-1].type.tensor_type.shape.dim[2].dim_value == (cells or 4096)
 
 
-def test_golden_cases_come_from_the_checkpoint_alone(artifacts: dict[str, Manifest]) -> None:
+def test_golden_cases_come_from_the_checkpoint_alone(
+    artifacts: dict[str, Manifest], tiny_untied_checkpoint: Path
+) -> None:
     golden = read_golden(artifacts["fp8"])
     assert golden.source["exported"] == {"obstacle": "its engines are built where they run"}
     assert all(case.exported is None and case.answer is None for case in golden.cases)
-    assert all(case.tokens == case.top_ids[:1] and case.truth.chosen for case in golden.cases)
+    located, *others = golden.cases
+    tokenizer = open_checkpoint(tiny_untied_checkpoint).load_tokenizer()
+    assert tokenizer.decode(located.tokens) == located.box_text  # decoding is tested along a box
+    assert all(case.tokens == case.top_ids[:1] for case in others)
+    assert all(len(case.truth.chosen) == len(case.tokens) for case in golden.cases)
 
 
 def test_values_beyond_float16_change_the_target_or_are_refused(
