@@ -117,7 +117,10 @@ def _grammar(schema: str) -> str:
     if not isinstance(value, dict):
         raise UsageError("JSON schema must be an object")
     value.pop("x-guidance", None)  # the library's own switches are not for callers
-    grammar: str = _library().LLMatcher.grammar_from_json_schema(value, overrides=_OPTIONS)
+    try:
+        grammar: str = _library().LLMatcher.grammar_from_json_schema(value, overrides=_OPTIONS)
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:  # 2**64, for one
+        raise UsageError(f"JSON schema cannot be used: {_line(str(error))}") from error
     return grammar
 
 
