@@ -100,7 +100,7 @@ class Engine:
         shapes = self.plan["profiles"][profile_index].get(name, [self.inputs[name].shape] * 3)
         return [tuple(each) for each in shapes]
 
-    def get_aliased_inputtensor_of(self, name: str) -> str | None:
+    def get_aliased_input_tensor(self, name: str) -> str | None:
         if self.world.in_place and name.startswith("present_"):
             return name.replace("present_", "past_")
         return None
@@ -169,7 +169,7 @@ class ExecutionContext:
             if -1 in tensor.shape and name not in self._shapes:
                 return self._refuse(f"{name} has no shape")
         for name in engine.tensors:
-            alias = engine.get_aliased_inputtensor_of(name)
+            alias = engine.get_aliased_input_tensor(name)
             if alias is not None and self._addresses[name] != self._addresses[alias]:
                 return self._refuse(f"{name} must share its address with {alias}")
         capturing = cuda.is_capturing(stream_handle)
