@@ -35,7 +35,7 @@ from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
-from medmo_edge.train.grpo_learner import Learner, Question
+from medmo_edge.train.grpo_learner import Learner, Question, guided_question
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.rewards import DEFAULT_WEIGHTS, case_of
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
@@ -59,6 +59,7 @@ class Settings:
     epsilon: float
     epsilon_high: float
     iterations: int
+    guided: bool
     rewards: dict[str, float]
     threshold: tuple[float, float]
     final: float
@@ -84,6 +85,7 @@ def main() -> None:
     run.add_argument("--epsilon", type=float, default=0.15)
     run.add_argument("--epsilon-high", type=float, default=0.25)
     run.add_argument("--iterations", type=int, default=1)
+    run.add_argument("--guided", action="store_true", help="the right answer in every group")
     run.add_argument("--rewards", type=json.loads, default=DEFAULT_WEIGHTS, help="JSON: weights")
     run.add_argument("--threshold", type=float, nargs=2, default=(0.0, 0.0), help="of IoU, from to")
     run.add_argument("--final", type=float, default=0.1, help="part of the rate left at the end")
@@ -186,10 +188,8 @@ class Run:
     def question(self, asked: Asked) -> Question:
         """Prompt and truth of a sample."""
         limits, coords = self.base.limits, self.base.coords
-        prompt = encode_sample(
-            asked.sample, self.chat, limits, coords, frames=[asked.frame], answered=False
-        )
-        return Question(prompt=prompt, case=case_of(asked.sample, prompt.geometries, coords))
+        whole = encode_sample(asked.sample, self.chat, limits, coords, frames=[asked.frame])
+        return guided_question(whole, case_of(asked.sample, whole.geometries, coords))
 
     @cached_property
     def learner(self) -> Learner:
@@ -213,6 +213,7 @@ class Run:
             row_tokens=2048,
             batch_tokens=4096,
             precision=autocast,
+            guided=settings.guided,
         )
 
     def decoding(self, generations: int, tokens: int, temperature: float) -> Decoding:
@@ -229,13 +230,9 @@ class Run:
     def _supervised(self, drawn: Sequence[Asked]) -> dict[str, float]:
         """A step on the right answers: an answer of n tokens weighs sqrt(n), as nano was taught."""
         rows, weights = [], []
-        for index, asked in enumerate(drawn):
-            limits, coords = self.base.limits, self.base.coords
-            told = encode_sample(asked.sample, self.chat, limits, coords, frames=[asked.frame])
-            prompt = self.question(asked).prompt
-            answer = told.ids[prompt.tokens :].tolist()
-            rows.append(branch_row(prompt, [answer], [index]))
-            weights.append(len(answer) ** -0.5)
+        for index, question in enumerate(map(self.question, drawn)):
+            rows.append(branch_row(question.prompt, [question.truth], [index]))
+            weights.append(len(question.truth) ** -0.5)
         batch = collate_branches(rows, self.model)
         with autocast():
             known = self.learner.log_probs(self.model, batch)

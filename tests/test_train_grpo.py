@@ -17,7 +17,14 @@ from rl_samples import SEED, rl_mixture, tiny_rl_stage, write_rl_samples
 
 from medmo_edge.errors import SampleError
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo_learner import Experience, Learner, Question, score, weighted_mean
+from medmo_edge.train.grpo_learner import (
+    Experience,
+    Learner,
+    Question,
+    guided_question,
+    score,
+    weighted_mean,
+)
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.rewards import REWARDS, Case, case_of, combine
@@ -238,3 +245,37 @@ def test_it_learns_what_is_rewarded(
         rewards.append(learner.learn(experience, update)["reward"])
     assert rewards[0] < 0.15
     assert np.mean(rewards[-3:]) > 0.4
+
+
+def test_the_wanted_answer_is_one_more_of_its_group(
+    base: Base, mixture: Mixture, make_learner: MakeLearner
+) -> None:
+    """Guided, a group of worthless answers learns the wanted one; alone it learns nothing."""
+    chat = Chat(tokenizer=base.tokenizer, template=base.template)
+    asked = []
+    for sample in mixture.samples(0, 0, 1):
+        whole = encode_sample(sample, chat, mixture.limits, base.coords)
+        prompt = encode_sample(sample, chat, mixture.limits, base.coords, answered=False)
+        asked.append(guided_question(whole, case_of(sample, whole.geometries)))
+        np.testing.assert_array_equal(asked[-1].prompt.ids, prompt.ids)
+        np.testing.assert_array_equal(asked[-1].prompt.positions, prompt.positions)
+        assert asked[-1].truth[-1] in base.config.eos_token_ids
+    weights = {"iou": 1.0, "yes_no": 1.0}
+    alone = make_learner(rewards=weights).collect(0, asked, 0.0)
+    assert alone.rewards_PG.max() == 0  # a random model finds nothing
+    learner = make_learner(rewards=weights, guided=True)
+    experience = learner.collect(0, asked, 0.0)
+    assert [guide.ids for guide in experience.guides] == [one.truth for one in asked]
+    # Four worth 0 and one worth 1: mean 0.2, spread sqrt(0.2); the box is rounded to a thousandth.
+    np.testing.assert_allclose(experience.guide_advantages_P, 0.8 / 0.2**0.5, rtol=0.01)
+    np.testing.assert_allclose(experience.advantages_PG, -0.2 / 0.2**0.5, rtol=0.01)
+    optimizer = torch.optim.AdamW(base.model.parameters(), lr=3e-3)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    figures = [learner.learn(learner.collect(step, asked, 0.0), update) for step in range(8)]
+    assert figures[0]["reward"] == 0 and figures[0]["completions/mean_length"] > 4
+    assert figures[-1]["reward"] > 0.3

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medmo_edge.errors import RecipeError, SampleError
 from medmo_edge.samples import Sample
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo_learner import CHUNK, Learner, Question
+from medmo_edge.train.grpo_learner import CHUNK, Learner, Question, guided_question
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.parallel import Group, arithmetic
@@ -77,13 +77,16 @@ class Reinforced:
         """The prompt of a sample and its truth. Errors: SampleError when it is too long."""
         base, limit = self.base, self.stage.rollouts.max_prompt_tokens
         chat = Chat(tokenizer=base.tokenizer, template=base.template)
-        prompt = encode_sample(sample, chat, self.mixture.limits, base.coords, answered=False)
-        if prompt.tokens > limit:
+        guided, limits = self.learner.guided, self.mixture.limits
+        encoded = encode_sample(sample, chat, limits, base.coords, answered=guided)
+        case = case_of(sample, encoded.geometries, base.coords)
+        found = guided_question(encoded, case) if guided else Question(prompt=encoded, case=case)
+        if found.prompt.tokens > limit:
             raise SampleError(
-                f"sample {sample.id!r} needs {prompt.tokens} prompt tokens, max_prompt_tokens is "
-                f"{limit}: raise it or lower max_pixels in the recipe"
+                f"sample {sample.id!r} needs {found.prompt.tokens} prompt tokens, "
+                f"max_prompt_tokens is {limit}: raise it or lower max_pixels in the recipe"
             )
-        return Question(prompt=prompt, case=case_of(sample, prompt.geometries, base.coords))
+        return found
 
 
 def run_rl(
@@ -117,6 +120,7 @@ def run_rl(
         precision=partial(arithmetic, call, group, recipe.precision),
         rank=group.rank,
         processes=group.world,
+        guided=stage.rollouts.guided,
     )
     reinforced = Reinforced(
         base=base,

@@ -23,15 +23,14 @@ from medmo_edge.train.branches import (
     collate_branches,
     split_rows,
 )
+from medmo_edge.train.grpo_figures import FIGURES, figures, ratios
 from medmo_edge.train.grpo_loss import (
     Terms,
     advantages,
     policy_loss,
-    says_nothing,
-    spread,
     token_weights,
 )
-from medmo_edge.train.packing import Encoded
+from medmo_edge.train.packing import IGNORE, Encoded
 from medmo_edge.train.parallel import without_exchange
 from medmo_edge.train.rewards import Case, judge
 from medmo_edge.train.rollouts import (
@@ -48,27 +47,33 @@ if TYPE_CHECKING:
     import torch
 
 CHUNK = 16  # prompts that are sampled at a time
-FIGURES = (
-    "loss",
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "entropy",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-)
+_NOTHING = 1e-8  # an advantage below it is rounding
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Question:
-    """A prompt as numbers, and what its sample says of the truth (``case``, without a text)."""
+    """A prompt as numbers, and what its sample says of the truth (``case``, without a text).
+
+    ``truth`` are the token ids of the wanted answer with its end, where learning is guided.
+    """
 
     prompt: Encoded
     case: Case
+    truth: tuple[int, ...] = ()
+
+
+def guided_question(whole: Encoded, case: Case) -> Question:
+    """The question of an encoded sample whose last answer is given: prompt and truth, cut apart."""
+    asked = int(np.flatnonzero(whole.labels == IGNORE)[-1]) + 1
+    prompt = replace(
+        whole,
+        ids=whole.ids[:asked],
+        labels=np.full(asked, IGNORE),
+        positions=whole.positions[:, :asked],
+        tokens=asked,
+    )
+    return Question(prompt=prompt, case=case, truth=tuple(whole.ids[asked:].tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +81,8 @@ class Experience:
     """What one step has to learn from: ``answers`` and advantages [P, G], and how they scored.
 
     ``values`` are the single rewards [P, G], nan where one does not apply; ``rewards`` their
-    weighted means.
+    weighted means. Where learning is guided, ``guides`` are the wanted answers, and their
+    advantages [P] those of one answer more in each group.
     """
 
     questions: Sequence[Question]
@@ -84,6 +90,19 @@ class Experience:
     values: Mapping[str, Floats]
     rewards_PG: Floats
     advantages_PG: Floats
+    guides: Sequence[Answer] = ()
+    guide_advantages_P: Floats = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def all_answers(self) -> list[Answer]:
+        """The answers of all groups [P * G], then the guides."""
+        return [answer for group in (*self.answers, self.guides) for answer in group]
+
+    def owners(self, place: int) -> list[int]:
+        """Where in ``all_answers`` the answers of one question are, its guide last."""
+        size = len(self.answers[place])
+        own = list(range(place * size, (place + 1) * size))
+        return [*own, len(self.answers) * size + place] if self.guides else own
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +112,8 @@ class Learner:
     ``decode`` turns token ids into text. ``reference`` is the frozen model that beta > 0 holds the
     policy to. ``row_tokens`` bound a row of branches, ``batch_tokens`` the rows of one call of the
     model, ``chunk`` the prompts that are sampled at a time. ``precision`` opens the arithmetic,
-    such as autocast.
+    such as autocast. ``guided`` puts the wanted answer into every group, as one that was drawn: it
+    is what groups without a good answer learn from.
     """
 
     model: Any
@@ -109,6 +129,7 @@ class Learner:
     precision: Precision = nullcontext
     rank: int = 0
     processes: int = 1
+    guided: bool = False
 
     def collect(self, step: int, questions: Sequence[Question], threshold: float) -> Experience:
         """Answers to ``questions`` and their worth; IoU below ``threshold`` earns nothing.
@@ -123,15 +144,28 @@ class Learner:
             chunk=self.chunk,
             precision=self.precision,
         )
-        values = score(questions, answers, self.decode, self.rewards, threshold)
+        values = self._score(questions, answers, threshold)
         rewards_PG = weighted_mean(values, self.rewards)
+        guides = [_guide(question) for question in questions] if self.guided else []
+        judged_PA = rewards_PG
+        if guides:
+            best = self._score(questions, [[guide] for guide in guides], threshold)
+            judged_PA = np.append(rewards_PG, weighted_mean(best, self.rewards), axis=1)
+        advantages_PA = advantages(judged_PA, self.objective.scale_rewards)
         return Experience(
             questions=questions,
             answers=answers,
             values=values,
             rewards_PG=rewards_PG,
-            advantages_PG=advantages(rewards_PG, self.objective.scale_rewards),
+            advantages_PG=advantages_PA[:, : rewards_PG.shape[1]],
+            guides=guides,
+            guide_advantages_P=advantages_PA[:, rewards_PG.shape[1] :].reshape(-1),
         )
+
+    def _score(
+        self, questions: Sequence[Question], answers: Sequence[Sequence[Answer]], threshold: float
+    ) -> dict[str, Floats]:
+        return score(questions, answers, self.decode, self.rewards, threshold)
 
     def learn(self, experience: Experience, update: Callable[[], object]) -> dict[str, float]:
         """Learn from ``experience`` in ``num_iterations`` updates; gives the figures of the step.
@@ -145,7 +179,9 @@ class Learner:
                 for name, value in self._backward(plan, index, batch, iteration).items():
                     sums[name] = sums.get(name, 0.0) + value
             update()
-        return figures(experience) | _ratios(sums, self.objective.num_iterations)
+        own = [answer for group in experience.answers for answer in group]
+        found = figures(own, experience.values, experience.rewards_PG)
+        return found | ratios(sums, self.objective.num_iterations)
 
     def _backward(
         self, plan: "_Plan", index: int, rows: Sequence[BranchRow], iteration: int
@@ -194,6 +230,12 @@ class Learner:
         rewards = [name for name, weight in self.rewards.items() if weight > 0]
         means = [f"rewards/{name}/{what}" for name in rewards for what in ("mean", "std")]
         return (*FIGURES, *means, *(("kl",) if self.reference is not None else ()))
+
+
+def _guide(question: Question) -> Answer:
+    """The wanted answer as if it had been drawn."""
+    none = np.zeros(len(question.truth), np.float32)
+    return Answer(ids=question.truth, log_probs=none, entropy=0.0, truncated=False)
 
 
 def score(
@@ -247,7 +289,7 @@ class _Plan:
         import torch
 
         objective = learner.objective
-        answers = [answer for group in experience.answers for answer in group]
+        answers = experience.all_answers
         lengths = [len(answer.ids) for answer in answers]
         masked = objective.mask_truncated_completions
         kept = [not (masked and answer.truncated) for answer in answers]
@@ -265,23 +307,28 @@ class _Plan:
         # weighs nothing, for it to call with.
         idle = [branch_row(experience.questions[0].prompt, [answers[0].ids], [len(answers)])]
         batches += [idle] * (_over_processes(len(batches), "MAX") - len(batches))
-        advantage = np.append(experience.advantages_PG.reshape(-1), 0.0)
+        found = [experience.advantages_PG.reshape(-1), experience.guide_advantages_P, [0.0]]
         return cls(
             batches=batches,
-            advantages=torch.from_numpy(advantage).float(),
+            advantages=torch.from_numpy(np.concatenate(found)).float(),
             weights=torch.from_numpy(np.append(weights, 0.0)).float(),
         )
 
 
 def _rows(experience: Experience, weights: Floats, learner: Learner) -> Iterator[BranchRow]:
     """The rows of answers that can move the model."""
-    size = learner.decoding.num_generations
-    silent = says_nothing(experience.rewards_PG) & (learner.objective.beta == 0)
+    answers = experience.all_answers
     for place, question in enumerate(experience.questions):
-        owners = [place * size + i for i in range(size) if weights[place * size + i] > 0]
-        if owners and not silent[place]:
-            told = [experience.answers[place][owner % size].ids for owner in owners]
+        owners = [owner for owner in experience.owners(place) if weights[owner] > 0]
+        if owners and (learner.objective.beta or _moves(experience, place)):
+            told = [answers[owner].ids for owner in owners]
             yield from split_rows(question.prompt, told, owners, learner.row_tokens)
+
+
+def _moves(experience: Experience, place: int) -> bool:
+    """Whether the answers to a question differ in what they are worth."""
+    guide = experience.guide_advantages_P[place : place + 1]
+    return bool(np.abs(np.append(experience.advantages_PG[place], guide)).max() > _NOTHING)
 
 
 def _batches(rows: Iterator[BranchRow], batch_tokens: int) -> Iterator[list[BranchRow]]:
@@ -306,42 +353,3 @@ def _over_processes(value: int, how: str) -> int:
     shared = torch.tensor(value, device=device)
     torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, how))
     return int(shared)
-
-
-def figures(experience: Experience) -> dict[str, float]:
-    """What a step's answers were like, under TRL's names; what no answer has is left out."""
-    answers = [answer for group in experience.answers for answer in group]
-    lengths = [len(answer.ids) for answer in answers]
-    found: dict[str, Any] = {
-        "reward": _mean(experience.rewards_PG),
-        "reward_std": _spread(experience.rewards_PG),
-        "frac_reward_zero_std": says_nothing(experience.rewards_PG).mean(),
-        "entropy": np.average([answer.entropy for answer in answers], weights=lengths),
-        "completions/mean_length": np.mean(lengths),
-        "completions/clipped_ratio": np.mean([answer.truncated for answer in answers]),
-    }
-    for name, value in experience.values.items():
-        found |= {f"rewards/{name}/mean": _mean(value), f"rewards/{name}/std": _spread(value)}
-    return {name: float(value) for name, value in found.items() if not np.isnan(value)}
-
-
-def _spread(values: Floats) -> float:
-    return float(spread(values.reshape(1, -1))[0])
-
-
-def _mean(values: Floats) -> float:
-    """nan, without a warning, where nothing is known."""
-    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
-
-
-def _ratios(sums: Mapping[str, float], iterations: int) -> dict[str, float]:
-    """Sums over tokens as means, under TRL's names; the loss is the updates' mean."""
-    tokens = max(1.0, sums.get("tokens", 0.0))
-    low, high = (sums.get(f"clipped_{side}", 0.0) / tokens for side in ("low", "high"))
-    means = {
-        "loss": sums.get("loss", 0.0) / iterations,
-        "clip_ratio/low_mean": low,
-        "clip_ratio/high_mean": high,
-        "clip_ratio/region_mean": low + high,
-    }
-    return means | ({"kl": sums["kl"] / tokens} if "kl" in sums else {})

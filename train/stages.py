@@ -62,9 +62,13 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollouts:
-    """Groups of answers for GRPO; tokens are means (``mean_*``) or bounds (``max_*``)."""
+    """Groups of answers for GRPO; tokens are means (``mean_*``) or bounds (``max_*``).
+
+    ``guided`` adds the wanted answer to every group.
+    """
 
     num_generations: int
+    guided: bool
     max_prompt_tokens: int
     max_completion_tokens: int
     mean_completion_tokens: int
@@ -316,6 +320,10 @@ def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
         (*path, "rollouts", "max_prompt_tokens"): (
             f"{prompt} prompt tokens do not fit: raise max_prompt_tokens or lower max_pixels",
             prompt <= rollouts.max_prompt_tokens,
+        ),
+        (*path, "rollouts", "guided"): (
+            "guided needs our own loop: set engine to generate",
+            rollouts.engine == "generate" or not rollouts.guided,
         ),
         (*path, "rollouts"): (
             "rows * accumulation must be a multiple of num_generations",
