@@ -218,15 +218,15 @@ class Weights:
         """(uint8 codes of x, largest value of each row [.., 1], step, zero point), made once.
 
         x = (codes - zero point) * step * largest value. The operators for int8 know one scale of
-        their whole input, so the rows are made equally large first.
+        their whole input, so the rows are made equally large first; what is left of the range is
+        found at run time, as outputs of GELU fill little more than its upper half.
         """
         if x not in self._coded:
             graph = self.graph
             largest = graph.add("ReduceMax", graph.add("Abs", x), graph.constant([-1]), keepdims=1)
             size = graph.add("Max", largest, graph.constant(1e-12, np.float32))
-            step = graph.constant(1 / 127, np.float32)
-            zero = graph.constant(128, np.uint8)
-            codes = graph.add("QuantizeLinear", graph.add("Div", x, size), step, zero)
+            even = graph.add("Div", x, size)
+            codes, step, zero = graph.add_many("DynamicQuantizeLinear", even, outputs=3)
             self._coded[x] = codes, size, step, zero
         return self._coded[x]
 
