@@ -261,27 +261,45 @@ class _Watch:
             self._stop.set()
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """The result of ``work``; Ctrl-C is raised here once TensorRT has given up."""
+        """The result of ``work``; Ctrl-C is raised here once TensorRT has given up.
+
+        An event is waited for, not the thread: in Python 3.11 an interrupted ``join`` takes the
+        thread for ended, and a process that ends before TensorRT's threads do is aborted.
+        """
         results: list[Any] = []
+        done = threading.Event()
 
         def job() -> None:
             try:
                 results.append(work())
             except BaseException as error:  # it belongs to the thread that waits
                 self._errors.append(error)
+            finally:
+                done.set()
 
         thread = threading.Thread(target=job, name="tensorrt", daemon=True)
         thread.start()
         try:
-            while thread.is_alive():
-                thread.join(_POLL_SECONDS)
+            while not done.wait(_POLL_SECONDS):
+                pass
         except BaseException:
             self._stop.set()
-            thread.join()
+            _wait_patiently(done)
             raise
+        finally:
+            thread.join()
         if self._errors:
             raise self._errors[0]
         return results[0]
+
+
+def _wait_patiently(done: threading.Event) -> None:
+    """Also through a second Ctrl-C."""
+    while not done.is_set():
+        try:
+            done.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def _make_monitor(trt: Any, watch: _Watch) -> Any:

@@ -177,7 +177,7 @@ def test_graphs_of_the_future_are_refused(fp8: Manifest) -> None:
         check(manifest, [89], lambda *_: None)
 
 
-def test_compiling_leaves_signals_alone_and_stops_soon(
+def test_an_interrupted_compilation_stops_before_its_end(
     library: Library, fp8: Manifest, decoder: Path
 ) -> None:
     stages: list[tuple[str, int, int]] = []
