@@ -14,6 +14,11 @@ from typing import IO, BinaryIO, Protocol
 from medmo_edge.errors import ImageError
 
 IN_PROCESS = "MEDMO_EDGE_DICOM_IN_PROCESS"
+# What an interpreter and its libraries need to start, on any system.
+_KEPT = (
+    *("PATH", "HOME", "LANG", "LC_", "LD_LIBRARY_PATH", "DYLD_", "PYTHON", "VIRTUAL_ENV"),
+    *("SYSTEMROOT", "TEMP", "TMP"),
+)
 
 
 class Child(Protocol):
@@ -86,7 +91,11 @@ def cannot_start(error: OSError) -> ImageError:
 
 
 def child_environment() -> dict[str, str]:
-    """The child finds the modules this process finds, and its libraries start no threads."""
+    """The child finds the modules this process finds, and its libraries start no threads.
+
+    It gets no other variable, since some hold tokens, which a file that takes it over could read.
+    """
+    kept = {name: value for name, value in os.environ.items() if name.upper().startswith(_KEPT)}
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    return {**os.environ, **threads, "PYTHONPATH": path}
+    return {**kept, **threads, "PYTHONPATH": path}

@@ -57,7 +57,9 @@ def answer(file, request):
     if fault == "tell":
         limits = [resource.getrlimit(kind)[0] for kind in
                   (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_CORE)]
-        return {{"error": f"{{os.getpid()}} {{os.getppid()}} {{limits}} {{open_files()}}"}}, None
+        secret = os.environ.get("ARCHIVE_TOKEN")
+        told = f"{{os.getpid()}} {{os.getppid()}} {{limits}} {{open_files()}} {{secret}}"
+        return {{"error": told}}, None
     return decode(file, request)
 
 def _render_quietly(file, frame, window, render=_render_quietly):
@@ -84,6 +86,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DecoderPool]:
     with pytest.MonkeyPatch.context() as patch, DecoderPool(1) as pool:
         patch.syspath_prepend(str(folder))
         patch.setattr(dicom_pool, "_END_SECONDS", 0.3)
+        patch.setenv("ARCHIVE_TOKEN", "secret")
         yield pool
 
 
@@ -196,6 +199,7 @@ def test_every_frame_has_a_limited_process_without_a_way_back(
     for each in said:
         # stdin is the file; the copy of it; stdout, stderr, and the pipe: no socket.
         assert "[1073741824, 9, 0]" in each and "socket" not in each and "pipe" in each
+        assert each.endswith("None")  # no token of its parent
     (template,) = faulty._idle
     assert parents == {str(template._process.pid)}
     tasks = Path(f"/proc/{template._process.pid}/task")
