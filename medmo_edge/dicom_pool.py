@@ -71,13 +71,13 @@ class DecoderPool:
             raise
 
     def _fork(self, file: BinaryIO, message: bytes) -> "_Fork":
-        for last in (False, True):  # a template can have been killed while it waited
+        for left in range(self._size, -1, -1):  # templates can have been killed while they waited
             template = self._take()
             try:
                 return _Fork(self, template, template.fork(file, message))
             except OSError as error:
                 template.close()
-                if last:
+                if left == 0:
                     raise cannot_start(error) from error
         raise AssertionError("unreachable")
 
