@@ -107,7 +107,7 @@ class HeldOut:
             Scene(
                 kind="chest",
                 pixels=np.repeat(grey[:, :, None], 3, axis=2),
-                boxes=() if np.isnan(box).any() else (Box(NODULE.label, *map(float, box)),),
+                boxes=() if np.isnan(box).any() else (_nodule(box.tolist()),),
             )
             for grey, box in zip(pixels, boxes, strict=True)
         ]
@@ -134,6 +134,11 @@ class HeldOut:
             question = f"Is there a {target.singular[0]}?"
             seen = [worded(question, yes_no(one.count(target.label) > 0)) for one in scenes]
             yield f"{target.label} presence", WORD_TOKENS, _items(scenes, seen)
+
+
+def _nodule(xyxy: Sequence[float]) -> Box:
+    x1, y1, x2, y2 = xyxy
+    return Box(NODULE.label, x1, y1, x2, y2)
 
 
 def _first_phantoms() -> Iterator[Scene]:

@@ -307,10 +307,10 @@ class _Plan:
         # weighs nothing, for it to call with.
         idle = [branch_row(experience.questions[0].prompt, [answers[0].ids], [len(answers)])]
         batches += [idle] * (_over_processes(len(batches), "MAX") - len(batches))
-        found = [experience.advantages_PG.reshape(-1), experience.guide_advantages_P, [0.0]]
+        own, guides = experience.advantages_PG.reshape(-1), experience.guide_advantages_P
         return cls(
             batches=batches,
-            advantages=torch.from_numpy(np.concatenate(found)).float(),
+            advantages=torch.from_numpy(np.concatenate([own, guides, np.zeros(1)])).float(),
             weights=torch.from_numpy(np.append(weights, 0.0)).float(),
         )
 
