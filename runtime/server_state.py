@@ -16,7 +16,7 @@ from medmo_edge.manifest import Manifest
 from medmo_edge.runtime.artifact_watch import CHANGED, ArtifactWatch
 from medmo_edge.runtime.server_engine import Engine
 from medmo_edge.runtime.server_files import Reader, Spool, decode_data_url
-from medmo_edge.runtime.server_metrics import Metrics
+from medmo_edge.runtime.server_metrics import LOG, Metrics
 from medmo_edge.runtime.server_problems import Problem, bad_request
 from medmo_edge.runtime.server_store import Store
 from medmo_edge.runtime.session import Session, Study
@@ -50,6 +50,7 @@ class State:
         self.session = session
         self.settings = settings
         self.watch = ArtifactWatch.of(session)
+        self._told = False
         self.metrics = Metrics()
         self.spool = Spool()
         self.reader = Reader()
@@ -77,7 +78,11 @@ class State:
     def require_unchanged(self) -> None:
         """Errors: Problem 503: the answers' provenance would name another artifact."""
         if self.watch.changed():
-            raise Problem(503, CHANGED.format("server"), "artifact_changed")
+            message = CHANGED.format("server")
+            if not self._told:
+                self._told = True
+                LOG.error(message)
+            raise Problem(503, message, "artifact_changed")
 
     def close(self) -> None:
         """End the running answer within the limit, then delete all files."""

@@ -246,8 +246,12 @@ def test_a_bug_is_reported_without_its_message(
         assert "medmo_edge_unexpected_errors_total 1.0" in running.client.get("/metrics").text
 
 
-def test_a_swapped_artifact_is_not_answered_from(tiny_artifact: Path, tmp_path: Path) -> None:
+def test_a_swapped_artifact_is_not_answered_from(
+    tiny_artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import shutil
+
+    logging.getLogger("medmo_edge.server").addHandler(caplog.handler)
 
     copy = tmp_path / "artifact"
     shutil.copytree(tiny_artifact, copy)
@@ -263,6 +267,10 @@ def test_a_swapped_artifact_is_not_answered_from(tiny_artifact: Path, tmp_path: 
         assert reply.status_code == 503 and "start the server again" in reply.text
         assert reply.headers["x-should-retry"] == "false"
         assert running.client.get("/healthz").status_code == 503
+        assert running.client.post("/v1/chat/completions", json=body).status_code == 503
+    logging.getLogger("medmo_edge.server").removeHandler(caplog.handler)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("artifact was changed on disk" in line for line in lines) == 1
 
 
 def test_what_a_killed_server_left_behind_is_removed(tmp_path: Path) -> None:
