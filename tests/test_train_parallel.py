@@ -25,8 +25,7 @@ from medmo_edge.train.step_log import read_metrics
 
 # Runs recipes in this process of two, and says what each held while it learned.
 SCRIPT = """
-import json, os, sys
-from importlib import resources
+import contextlib, json, sys
 from pathlib import Path
 import torch
 from medmo_edge.train import stage_run
@@ -46,9 +45,11 @@ def spy(prepared):
     real(prepared)
 
 stage_run._supervise = spy
-for name in sys.argv[3:]:
-    stage_run.run_stages(folder / f"{name}.toml", folder / name, data=folder / "data",
-                         stage="instruct", base=base)
+with stage_run.joined() as group:  # once: torch may hang when a process joins a second time
+    stage_run.joined = lambda device: contextlib.nullcontext(group)
+    for name in sys.argv[3:]:
+        stage_run.run_stages(folder / f"{name}.toml", folder / name, data=folder / "data",
+                             stage="instruct", base=base)
 """
 NAMES = ("ddp", "fsdp2", "texts")
 
