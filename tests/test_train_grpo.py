@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ pytest.importorskip("transformers")
 import torch
 from rl_samples import SEED, rl_mixture, tiny_rl_stage, write_rl_samples
 
+from medmo_edge.boxes import Geometry
 from medmo_edge.errors import SampleError
 from medmo_edge.train.base_model import Base, load_base
 from medmo_edge.train.grpo_learner import (
@@ -27,8 +29,9 @@ from medmo_edge.train.grpo_learner import (
 )
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
-from medmo_edge.train.rewards import REWARDS, Case, case_of, combine
+from medmo_edge.train.rewards import REWARDS, Case, case_of, columns, combine, trl_reward
 from medmo_edge.train.rollouts import Answer, Decoding
+from medmo_edge.train.stages import Curriculum
 
 MakeLearner = Callable[..., Learner]
 
@@ -131,6 +134,35 @@ def test_a_stricter_overlap_pays_only_better_boxes(base: Base, questions: list[Q
     strict = dataclasses.replace(case, iou_threshold=0.76)
     strict.__dict__["parsed"] = case.parsed
     assert REWARDS["iou"](strict) == 0
+
+
+def test_a_curriculum_goes_from_loose_to_strict() -> None:
+    curriculum = Curriculum(iou_from=0.2, iou_to=0.6, until=0.5)
+    found = [curriculum.threshold(done) for done in (0.0, 0.25, 0.5, 1.0)]
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.6])
+
+
+def test_trls_trainer_follows_the_curriculum(base: Base, mixture: Mixture) -> None:
+    """The same box, an overlap of 0.75, before and after the threshold passes it."""
+    sample = next(s for s in mixture.samples(0, 0, 1) if s.task == "locate")
+    (truth,) = sample.boxes
+    size = Geometry(
+        width=1000,
+        height=1000,
+        frame_width=1000,
+        frame_height=1000,
+        resized_width=1000,
+        resized_height=1000,
+    )
+    row = {name: [value] for name, value in columns(sample, [size]).items()}
+    near = [int(truth.x1), int(truth.y1), int(truth.x2) + 12, int(truth.y2)]
+    said = [f"nodule <box>[{near}]</box>"]
+    reward = trl_reward({"iou": 1.0}, iou_threshold=lambda done: 0.9 * done)
+    found = [
+        reward([], said, trainer_state=SimpleNamespace(global_step=step, max_steps=10), **row)
+        for step in (0, 8, 9)
+    ]
+    assert found == [[pytest.approx(0.75)], [pytest.approx(0.75)], [0.0]]
 
 
 def test_the_same_step_collects_the_same(
