@@ -141,7 +141,7 @@ def _child(name: str, path: Path, options: argparse.Namespace) -> dict[str, floa
         command += [f"--{option}", str(getattr(options, option))]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode and name in _GENAI:
-        return " ".join(result.stderr.split())[-300:]
+        return " ".join(result.stderr.split()).rpartition("FAIL : ")[2][-300:]
     if result.returncode:
         raise SystemExit(f"{name} failed: {result.stderr.strip()[-500:]}")
     found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
