@@ -243,7 +243,8 @@ def test_a_node_says_nothing(
     assert "PatientName" in found_in(results.decode("latin-1"))
 
 
-@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "numbers", "uids"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "numbers", "uids"])
 def test_ask_says_no_more_than_the_provenance(
     name: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
