@@ -297,6 +297,11 @@ def start(recipe: Path, output: Path, data: Path, *more: str) -> "subprocess.Pop
     return subprocess.Popen([*command, *options], stderr=subprocess.PIPE, env={**os.environ})
 
 
+def finish(process: "subprocess.Popen[bytes]") -> int:
+    process.communicate()
+    return process.returncode
+
+
 @pytest.mark.slow  # several processes that load torch and transformers
 def test_a_killed_stage_goes_on_with_the_same_curve(
     data: Path, tiny_checkpoint: Path, tmp_path: Path
@@ -304,15 +309,15 @@ def test_a_killed_stage_goes_on_with_the_same_curve(
     """kill -9 from outside, twice, at a moment that nobody chose; data, weights, log and all."""
     recipe = write_recipe(tmp_path / "r.toml", tiny_checkpoint, samples=60)
     base = ("--base", str(tiny_checkpoint))
-    assert start(recipe, tmp_path / "whole", data, *base).wait() == 0
+    assert finish(start(recipe, tmp_path / "whole", data, *base)) == 0
     folder = tmp_path / "killed" / "instruct"
     for number, step in enumerate((3, 6)):
         process = start(recipe, tmp_path / "killed", data, *base, *["--resume"] * bool(number))
         while process.poll() is None and len(read_metrics(folder)) < step:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert start(recipe, tmp_path / "killed", data, *base, "--resume").wait() == 0
+        finish(process)
+    assert finish(start(recipe, tmp_path / "killed", data, *base, "--resume")) == 0
     assert losses(folder) == losses(tmp_path / "whole" / "instruct")
     assert len(losses(folder)) == 10
     name = "checkpoint/model.safetensors"
