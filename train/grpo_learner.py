@@ -190,20 +190,21 @@ class Learner:
         import torch
 
         batch = collate_branches(rows, self.model)
-        with without_exchange(self.model, index == len(plan.batches) - 1), self.precision():
-            now = self.log_probs(self.model, batch)
-            if iteration == 0:
-                plan.drawn.append(now.detach())
-                plan.reference.append(self._reference(batch))
-            terms = Terms(now=now, drawn=plan.drawn[index], reference=plan.reference[index])
-            owners = torch.from_numpy(batch.owners)
-            loss, sums = policy_loss(
-                terms,
-                plan.advantages[owners].to(now.device),
-                plan.weights[owners].to(now.device),
-                self.objective,
-            )
-        torch.autograd.backward(loss)
+        owners = torch.from_numpy(batch.owners)
+        with without_exchange(self.model, index == len(plan.batches) - 1):
+            with self.precision():
+                now = self.log_probs(self.model, batch)
+                if iteration == 0:
+                    plan.drawn.append(now.detach())
+                    plan.reference.append(self._reference(batch))
+                terms = Terms(now=now, drawn=plan.drawn[index], reference=plan.reference[index])
+                loss, sums = policy_loss(
+                    terms,
+                    plan.advantages[owners].to(now.device),
+                    plan.weights[owners].to(now.device),
+                    self.objective,
+                )
+            torch.autograd.backward(loss)
         return {**sums, "loss": float(loss.detach())}
 
     def _reference(self, batch: BranchBatch) -> "torch.Tensor | None":
