@@ -93,8 +93,8 @@ def open(
     """Load the engines of an artifact for this machine.
 
     ``threads`` changes nothing here; ``max_context``: most tokens of one conversation, default and
-    at most the length of the KV cache. Errors: BackendUnavailable, ArtifactError, GenerationError
-    when the GPU has too little memory.
+    at most the length of the KV cache. Errors: BackendUnavailable, also when the GPU has too little
+    memory, and ArtifactError for damaged engines.
     """
     search = _search(manifest, device)
     if search.found is None and _may_build():

@@ -40,6 +40,7 @@ class Engine:
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         count = self._engine.num_io_tensors
         self.names = tuple(self._engine.get_tensor_name(index) for index in range(count))
+        self._refuse_host_tensors()
 
     def _read(self, library: Library) -> Any:
         with self.path.open("rb") as file:
@@ -65,6 +66,16 @@ class Engine:
             f"{self.path} is refused by {library.name} {library.version} ({reason}): run "
             "`medmo-edge build` again"
         )
+
+    def _refuse_host_tensors(self) -> None:
+        """TensorRT reads a shape that is an input from the computer's memory; ours are none."""
+        device = self._trt.TensorLocation.DEVICE
+        for name in self.names:
+            if self._engine.get_tensor_location(name) != device:
+                raise ArtifactError(
+                    f"{self.path} wants {name} in the computer's memory, which no graph of ours "
+                    "does: export and build again"
+                )
 
     @property
     def inputs(self) -> tuple[str, ...]:

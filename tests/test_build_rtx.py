@@ -252,7 +252,7 @@ def test_the_fake_of_tensorrt_offers_nothing_that_is_not_there(name: str) -> Non
             parameters = list(inspect.signature(getattr(fake, member)).parameters)[1:]
             documented = getattr(real, member).__doc__
             assert all(re.search(rf"\b{each}\b", documented) for each in parameters), member
-    for enum in ("DataType", "TensorIOMode"):
+    for enum in ("DataType", "TensorIOMode", "TensorLocation"):
         known = getattr(RTX, enum).__members__
         assert set(getattr(trt_world, enum).__members__) <= set(known)
 
@@ -317,6 +317,23 @@ def test_the_matrix_of_targets_and_gpus(target: str, shelf: Path) -> None:
             continue
         (found,) = check(manifest, [sm], lambda *_: None)
         assert census({"decoder": found["decoder"]["layers"]}) == _expected(target)
+
+
+@pytest.mark.slow
+def test_a_whole_folder_for_a_gpu_elsewhere(artifact: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "medmo_edge", "build", str(artifact), "--rtx", "--sm", "89"]
+    command += ["-o", str(tmp_path / "engines"), "--json"]
+    first, second = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
+    found = json.loads(first.stdout)
+    assert (found["library"], found["sm"], found["gpu"]) == ("tensorrt-rtx", 89, "any SM 89")
+    layers = read_manifest(artifact).model["num_layers"]
+    assert census(found["layers"]) == _expected("bf16", layers)
+    assert {path.name for path in Path(found["path"]).iterdir()} == {
+        "vision.engine",
+        "decoder.engine",
+        "engine.json",  # and no timing cache: RTX has none
+    }
+    assert (found["built"], json.loads(second.stdout)["built"]) == (True, False)
 
 
 @pytest.mark.slow

@@ -184,6 +184,15 @@ def test_a_graph_of_another_model_in_its_place(
     assert machine.cuda.leaks() == []
 
 
+def test_a_tensor_in_the_wrong_memory_is_refused(
+    engines: Engines, artifact: Path, machine: Machine
+) -> None:
+    machine.world.host_tensors = frozenset({"write_indices"})
+    with pytest.raises(ArtifactError, match="wants write_indices in the computer's memory"):
+        load(artifact, "trt")
+    assert machine.cuda.leaks() == []
+
+
 def test_engines_are_built_at_once_where_that_is_allowed(
     artifact: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

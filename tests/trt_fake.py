@@ -26,6 +26,7 @@ from trt_world import (
     Severity,
     Strategy,
     TensorIOMode,
+    TensorLocation,
     World,
     tensors_of,
 )
@@ -42,6 +43,7 @@ def make_tensorrt(world: World) -> SimpleNamespace:
         IProgressMonitor=IProgressMonitor,
         DataType=DataType,
         TensorIOMode=TensorIOMode,
+        TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=Strategy,
         NetworkDefinitionCreationFlag=IntEnum("NetworkDefinitionCreationFlag", "STRONGLY_TYPED"),
         MemoryPoolType=IntEnum("MemoryPoolType", "WORKSPACE"),
@@ -89,6 +91,10 @@ class Engine:
 
     def get_tensor_mode(self, name: str) -> TensorIOMode:
         return TensorIOMode.INPUT if name in self.inputs else TensorIOMode.OUTPUT
+
+    def get_tensor_location(self, name: str) -> TensorLocation:
+        is_host = name in self.world.host_tensors
+        return TensorLocation.HOST if is_host else TensorLocation.DEVICE
 
     def get_tensor_dtype(self, name: str) -> DataType:
         return self.tensors[name].dtype

@@ -8,6 +8,7 @@ from cuda_fake import FakeCuda
 
 MAGIC = b"fake plan "
 DataType = IntEnum("DataType", "FLOAT HALF BF16 INT32 INT64 BOOL FP8 INT4 FP4", start=0)
+TensorLocation = IntEnum("TensorLocation", "DEVICE HOST", start=0)
 TensorIOMode = IntEnum("TensorIOMode", "NONE INPUT OUTPUT", start=0)
 Strategy = IntEnum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED", start=0)
 Severity = IntEnum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE", start=0)
@@ -31,7 +32,7 @@ class World:
     """What the fake library and its objects share; tests change it.
 
     ``in_place``: whether engines report aliases; ``refuses``: operators the parser does not know;
-    ``fails``: a message with which compiling fails.
+    ``fails``: a message with which compiling fails; ``host_tensors``: read from the computer.
     """
 
     cuda: FakeCuda
@@ -42,6 +43,7 @@ class World:
     refuses: frozenset[str] = frozenset()
     fails: str | None = None
     deserialised: int = 0
+    host_tensors: frozenset[str] = frozenset()
     logger: Any = None
     launches: list[tuple[str, int, bool]] = field(default_factory=list)
     sessions: dict[str, Any] = field(default_factory=dict)
