@@ -60,7 +60,7 @@ ae_title = "NOBODY"
 [[rules]]
 name = "all"
 questions = ["Locate the nodule."]
-results = ["sr", "gsps", "sc"]
+results = ["sr"]
 send_to = ["nobody"]
 """
 
@@ -195,10 +195,10 @@ def _chat(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _visit(client: Any, study: str, keep: Callable[[Any], Any]) -> None:
     """Everything that can be asked about a study, with success or not."""
     base = f"/v1/studies/{study}"
-    for query in ("", "?window=lung", "?window=nonsense", "?frame=9"):
+    for query in ("?window=lung", "?window=nonsense", "?frame=9"):
         keep(client.get(f"{base}/images/0/facts{query}"))
     answer = keep(client.post(f"{base}/ask", json={"question": "Where?"})).json()["id"]
-    for kind in ("sr", "gsps", "sc", "overlay", "fhir"):
+    for kind in ("sr", "gsps", "overlay", "fhir"):
         reply = client.get(f"{base}/answers/{answer}/{kind}")
         if kind != "fhir" or reply.status_code >= 400:
             keep(reply)  # a report itself holds the patient
