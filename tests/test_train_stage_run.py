@@ -286,9 +286,19 @@ def test_what_cannot_work_is_refused_before_weights_load(
     refused(RecipeError, "reward 'number' applies to none of", rewards, out, data=data)
     monkeypatch.setattr(capacity, "free_gib", lambda group: 0.5)
     monkeypatch.setattr("medmo_edge.train.stage_plan.free_gib", lambda group: 0.5)
-    small = r"'pretrain-768' needs about 1\.\d GiB a device and cpu .* has 0\.5 GiB free: use a lar"
+    small = r"'pretrain-768' needs about 1\.\d GiB a device and cpu has 0\.5 GiB free: use a lar"
     refused(RecipeError, small, recipe, out, data=data)
     assert not out.exists()
+
+
+def test_the_published_recipes_are_planned_for_the_devices_at_hand() -> None:
+    """The 4B in full: 72 GiB on one device, which is too much for 23, and 22 on each of eight."""
+    recipe = load_stages("medmo-4b")
+    with pytest.raises(RecipeError, match=r"cpu has 23\.0 GiB free: set lora_rank or train fewer"):
+        capacity.require_fit(recipe, recipe.stages[0], Group(), 23.0)
+    eight = Group(world=8, here=8, device="cuda:0")
+    needed = capacity.require_fit(recipe, recipe.stages[0], eight, 139.0).memory.device
+    assert 15 < needed < 30
 
 
 def start(recipe: Path, output: Path, data: Path, *more: str) -> "subprocess.Popen[bytes]":

@@ -45,11 +45,18 @@ def require_fit(recipe: StagedRecipe, stage: Stage, group: Group, memory_gib: fl
     machine = replace(recipe.machine, devices=group.world, device_memory_gib=memory_gib)
     estimate = estimate_stage(recipe.model, as_run(stage, group), machine)
     if not estimate.fits:
-        devices = f"{group.world} of them" if group.world > 1 else "the only one"
         raise RecipeError(
             f"recipe {recipe.name}, stage {stage.name!r} needs about "
-            f"{estimate.memory.device:.1f} GiB a device and {group.device} ({devices}) has "
-            f"{memory_gib:.1f} GiB free: {advice(estimate.memory)} in the recipe, or use more or "
-            "larger devices"
+            f"{estimate.memory.device:.1f} GiB a device and {group.device} has {memory_gib:.1f} "
+            f"GiB free: {_hint(advice(estimate.memory), group)}"
         )
     return estimate
+
+
+def _hint(advised: str, group: Group) -> str:
+    """What to do; one device has nobody to share with."""
+    if "larger device" in advised:
+        return advised
+    if "sharding" in advised and group.world == 1:
+        return "set lora_rank or train fewer modules, or shard over several devices with torchrun"
+    return f"{advised} in the recipe, or use more or larger devices"
