@@ -12,7 +12,7 @@ import pydicom.data
 import pytest
 
 from medmo_edge import dicom
-from medmo_edge.dicom import IN_PROCESS
+from medmo_edge.dicom_process import IN_PROCESS
 from medmo_edge.errors import ImageError
 from medmo_edge.images import Frame, read_image
 

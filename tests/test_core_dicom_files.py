@@ -23,7 +23,7 @@ from pydicom.pixels.processing import (
     convert_color_space,
 )
 
-from medmo_edge.dicom import IN_PROCESS
+from medmo_edge.dicom_process import IN_PROCESS
 from medmo_edge.errors import ImageError
 from medmo_edge.images import Frame, read_image
 

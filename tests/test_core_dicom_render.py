@@ -18,7 +18,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medmo_edge.dicom import IN_PROCESS
+from medmo_edge.dicom_process import IN_PROCESS
 from medmo_edge.errors import ImageError
 from medmo_edge.images import Frame, read_image
 

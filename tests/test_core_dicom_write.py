@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from pydicom import dcmread
 
-from medmo_edge.dicom import IN_PROCESS
+from medmo_edge.dicom_process import IN_PROCESS
 from medmo_edge.dicom_write import write_radiograph
 from medmo_edge.errors import ImageError
 from medmo_edge.images import read_image

@@ -291,7 +291,7 @@ def test_the_dry_run_prints_every_figure(name: str) -> None:
 
 def test_the_dry_run_of_nano_fits_its_record() -> None:
     """The parameters of the packaged checkpoint, and 71 minutes on two cores, as its card says."""
-    plan = dry_run("nano")
+    plan = dry_run("nano", "pretrain")
     with open_checkpoint("nano") as checkpoint:
         stored = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     assert sum(plan["parameters"].values()) == stored

@@ -8,7 +8,7 @@ One process, one machine.
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from medmo_edge.train.interrupt import stop_requests
 from medmo_edge.train.loop import Sampler, Trainer, ahead, build_optimizer
 from medmo_edge.train.questions import sample_turns
 from medmo_edge.train.radiology import read_radiology
-from medmo_edge.train.recipe import Recipe, load_recipe
+from medmo_edge.train.recipe import Phase, Recipe, load_recipe
 from medmo_edge.train.scenes import Scene, chest_scene
 from medmo_edge.train.state import load_step, save_step
 from medmo_edge.train.steps_bar import step_bar
@@ -62,7 +62,8 @@ def train(
     if not resume and target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty: choose another folder, or go on with --resume")
     start = base or _before(recipe, stages[0], output)
-    pictures = _read_data(recipe, data)
+    wanted = [phase for phase in recipe.phases if phase.stage in stages]
+    pictures = _read_data(recipe.name, wanted, data)
     torch.set_num_threads(recipe.threads)
     for name in stages:
         run = Run.prepare(recipe.only(name), output / name, pictures, start)
@@ -102,16 +103,16 @@ class Pictures:
     radiology_held_out: list[Scene]
 
 
-def _read_data(recipe: Recipe, data: Path | None) -> Pictures:
-    """What the recipe's phases draw from; nothing is read that none of them wants."""
-    wants_blood = any(phase.blood_share for phase in recipe.phases)
-    wants_radiology = any(phase.radiology_share for phase in recipe.phases)
+def _read_data(recipe: str, phases: Sequence[Phase], data: Path | None) -> Pictures:
+    """What the phases draw from; nothing is read that none of them wants."""
+    wants_blood = any(phase.blood_share for phase in phases)
+    wants_radiology = any(phase.radiology_share for phase in phases)
     if not wants_blood and not wants_radiology:
         return Pictures(blood=[], radiology=[], blood_held_out=[], radiology_held_out=[])
     if data is None and "MEDMO_EDGE_DATA" not in os.environ:
         names = " and ".join(["bccd/"] * wants_blood + ["vqa-rad/"] * wants_radiology)
         raise UsageError(
-            f"recipe {recipe.name} needs pictures: set MEDMO_EDGE_DATA or --data to the folder "
+            f"recipe {recipe} needs pictures: set MEDMO_EDGE_DATA or --data to the folder "
             f"that holds {names}"
         )
     folder = data or Path(os.environ["MEDMO_EDGE_DATA"])
