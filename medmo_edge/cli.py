@@ -22,7 +22,9 @@ from medmo_edge.errors import MedmoError
 from medmo_edge.train.merge_command import merge
 
 EXIT_BUG, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
-_IN_ORDER = "samples train merge calibrate export build verify eval ask serve node doctor demo".split()
+_IN_ORDER = (
+    "samples train merge calibrate export build verify eval ask serve node doctor demo"
+).split()
 
 
 class _RoadGroup(click.Group):
