@@ -1,14 +1,13 @@
 """Fixtures of every room: real data, tiny random Qwen3-VL checkpoints, and a network guard.
 
-The checkpoints are real Hugging Face folders of the real architecture, written with numpy alone, so
-the tests of the base install need no torch. Their weights are random: only agreement means
-anything, never what they say.
+The checkpoints are Hugging Face folders written with numpy alone; only agreement means anything.
 """
 
 import json
 import os
 import runpy
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-# Shared runners stall for seconds: a slow example is no failure. `make test` draws the same
-# examples every time; HYPOTHESIS_PROFILE=search looks for new ones.
+# pynetdicom's programs have the names of DCMTK's, and an activated environment finds them first.
+_OURS = str(Path(sys.executable).parent)
+os.environ["PATH"] = os.pathsep.join(place for place in os.get_exec_path() if place != _OURS)
+
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("repeat", _PATIENT, derandomize=True)
 settings.register_profile("search", _PATIENT)
@@ -28,7 +29,6 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 MakeCheckpoint = Callable[..., Path]
 MakeSource = Callable[..., Path]
 
-# What does not depend on the factory's arguments; added_tokens.json says which are special.
 TINY = Path(__file__).with_name("tiny")
 
 QWEN2_SPLIT = (
