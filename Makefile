@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Files stay whole: their tests share what is dear to make.
+WORKERS := --numprocesses auto --maxprocesses 4 --dist loadfile
 LLAMA_CMAKE := -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/cmake/llama-runtime-only.cmake
 
 .PHONY: demo test test-slow check format docs clean
@@ -13,7 +15,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/medmo-edge demo -o demo
 
 test: $(VENV)/.dev check
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(WORKERS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu"

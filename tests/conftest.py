@@ -6,6 +6,7 @@ The checkpoints are Hugging Face folders written with numpy alone; only agreemen
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 # pynetdicom's programs have the names of DCMTK's, and an activated environment finds them first.
 _OURS = str(Path(sys.executable).parent)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs in background
 os.environ["PATH"] = os.pathsep.join(place for place in os.get_exec_path() if place != _OURS)
 
 _PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,9 +30,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 
 MakeCheckpoint = Callable[..., Path]
 MakeSource = Callable[..., Path]
-
 TINY = Path(__file__).with_name("tiny")
-
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

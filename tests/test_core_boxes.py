@@ -200,10 +200,14 @@ def test_several_images() -> None:
 @pytest.mark.parametrize("prefix", ["", "A <box>"])
 def test_any_repeated_text_takes_linear_time(unit: str, prefix: str) -> None:
     def seconds(size: int) -> float:
+        """The best of two: a neighbour on the processor may take its cache."""
         text = prefix + unit * (size // len(unit))
-        start = time.process_time()
-        parse(text, images=2)
-        return time.process_time() - start
+        found = []
+        for _ in range(2):
+            start = time.process_time()
+            parse(text, images=2)
+            found.append(time.process_time() - start)
+        return min(found)
 
     # 16 times the text: a quadratic reader needs 256 times as long.
     small, large = seconds(1 << 13), seconds(1 << 17)
