@@ -19,8 +19,9 @@ import torch
 
 from medmo_edge.checkpoint import Checkpoint, open_checkpoint
 from medmo_edge.errors import RecipeError, SampleError
-from medmo_edge.train.mixture import Mixture, ahead, share_out
+from medmo_edge.train.mixture import Mixture, share_out
 from medmo_edge.train.packing import IGNORE, Chat
+from medmo_edge.train.prefetch import ahead
 from medmo_edge.train.stages import DataSource, RlStage, Stage, load_stages
 
 Value = dict[str, Any]
@@ -243,7 +244,7 @@ def test_prompts_are_shared_out_in_groups(make: Make) -> None:
 
 def test_rows_made_ahead_are_the_rows(make: Make) -> None:
     mixture = make(stage())
-    made = list(ahead(mixture, range(3, 8), 0, 1))
+    made = list(ahead(lambda step: mixture.rows(step, 0, 1), range(3, 8), 2))
     asked = [mixture.rows(step, 0, 1) for step in range(3, 8)]
     assert [[r.sample_ids for r in rows] for rows in made] == [
         [r.sample_ids for r in rows] for rows in asked

@@ -6,7 +6,6 @@ Qwen3-VL opens. Model classes are transformers' own; only the patch embedding's 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from medmo_edge.prompts import ChatTemplate
 from medmo_edge.tokenizer import Tokenizer
 from medmo_edge.train.architecture import use_linear_patches
 from medmo_edge.train.estimates import module_of
+from medmo_edge.train.folders import replaced, write_json
 from medmo_edge.train.lora import add_adapters
 from medmo_edge.train.packing import Chat
 from medmo_edge.train.stages import Module
-from medmo_edge.train.state import sync
 
 if TYPE_CHECKING:
     import torch
@@ -158,15 +157,13 @@ def save_checkpoint(
     ``weights``: the state dict to write, default that of the model (no adapters in it). ``notes``
     (recipe, stage, hashes of the data) go into medmo_edge.json. Errors: OSError.
     """
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    _write_weights(base.model.state_dict() if weights is None else weights, base.config, staging)
-    copy_files(base.path, staging)
+    state = base.model.state_dict() if weights is None else weights
     card = {"coords": base.coords, "name": base.name, "training": dict(notes)}
-    write_json(staging / "config.json", both_rope_forms(base.path))
-    write_json(staging / "medmo_edge.json", card)
-    replace_folder(staging, folder)
+    with replaced(folder) as staging:
+        _write_weights(state, base.config, staging)
+        copy_files(base.path, staging)
+        write_json(staging / "config.json", both_rope_forms(base.path))
+        write_json(staging / "medmo_edge.json", card)
 
 
 def copy_files(source: Path, target: Path) -> None:
@@ -189,25 +186,6 @@ def both_rope_forms(folder: Path) -> dict[str, Any]:
         level.pop("torch_dtype", None)
         level["dtype"] = "bfloat16"
     return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Readable JSON with a line end."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Put a finished folder in place of another, durably: at no time is half of one there."""
-    for path in staging.iterdir():
-        sync(path)
-    sync(staging)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(staging, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_weights(weights: "Weights", config: ModelConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medmo_edge.errors import UsageError
 from medmo_edge.train.attention import NAME, additive
-from medmo_edge.train.collator import PREFIX, visible
+from medmo_edge.train.collator import PREFIX, pad, visible
 from medmo_edge.train.packed_attention import NAME as PACKED
 from medmo_edge.train.packing import Encoded
 
@@ -130,12 +130,12 @@ def collate_branches(rows: Sequence[BranchRow], model: Any) -> BranchBatch:
     if not any(row.prompt.grids for row in rows):
         rows = [_with_picture(rows[0]), *rows[1:]]
     length = max(len(row.ids) for row in rows)
-    branches = np.stack([_pad(row.branches, length, PADDING) for row in rows])
-    positions = np.stack([_pad(row.positions, length, 0) for row in rows], axis=1)
+    branches = np.stack([pad(row.branches, length, PADDING) for row in rows])
+    positions = np.stack([pad(row.positions, length, 0) for row in rows], axis=1)
     columns = np.unique(np.concatenate([row.sources for row in rows]))
     device = next(model.parameters()).device
     inputs = {
-        "input_ids": torch.from_numpy(np.stack([_pad(row.ids, length, 0) for row in rows])),
+        "input_ids": torch.from_numpy(np.stack([pad(row.ids, length, 0) for row in rows])),
         "position_ids": torch.from_numpy(np.concatenate([positions[:1], positions])),
         "attention_mask": mask_for(model, torch.from_numpy(visible(branches))),
         **_pictures([row.prompt for row in rows]),
@@ -159,7 +159,7 @@ def _with_picture(row: BranchRow) -> BranchRow:
         prompt=replace(row.prompt, patches=patches, grids=((1, merge, merge),)),
         ids=np.append(row.ids, row.prompt.image_token),
         branches=np.append(row.branches, PADDING),
-        positions=_pad(row.positions, len(row.ids) + 1, 0),
+        positions=pad(row.positions, len(row.ids) + 1, 0),
     )
 
 
@@ -169,11 +169,6 @@ def _pictures(prompts: Sequence[Encoded]) -> dict[str, "torch.Tensor"]:
     grids = [grid for prompt in prompts for grid in prompt.grids]
     patches = np.concatenate([prompt.patches for prompt in prompts])
     return {"pixel_values": torch.from_numpy(patches), "image_grid_thw": torch.tensor(grids)}
-
-
-def _pad(values: Ints, length: int, filler: int) -> Ints:
-    edges = [(0, 0)] * (values.ndim - 1) + [(0, length - values.shape[-1])]
-    return np.pad(values, edges, constant_values=filler)
 
 
 def mask_for(model: Any, seen: "torch.Tensor") -> "torch.Tensor":

@@ -195,11 +195,11 @@ def collate(rows: Sequence[Row], ids: SpecialIds) -> Batch:
     import torch
 
     length = max(len(row.ids) for row in rows)
-    tokens = np.stack([_pad(row.ids, length, ids.end_of_text) for row in rows])
-    branches = np.stack([_pad(row.branches, length, -1) for row in rows])
-    labels = np.stack([_pad(row.labels, length, IGNORE) for row in rows])
-    weights = np.stack([_pad(row.weights, length, 0) for row in rows])
-    positions = np.stack([_pad(row.positions, length, 0) for row in rows], axis=1)
+    tokens = np.stack([pad(row.ids, length, ids.end_of_text) for row in rows])
+    branches = np.stack([pad(row.branches, length, -1) for row in rows])
+    labels = np.stack([pad(row.labels, length, IGNORE) for row in rows])
+    weights = np.stack([pad(row.weights, length, 0) for row in rows])
+    positions = np.stack([pad(row.positions, length, 0) for row in rows], axis=1)
     inputs = {
         "input_ids": torch.from_numpy(tokens),
         "attention_mask": torch.from_numpy(visible(branches)),
@@ -210,7 +210,8 @@ def collate(rows: Sequence[Row], ids: SpecialIds) -> Batch:
     return Batch(inputs=inputs, labels=torch.from_numpy(labels), weights=torch.from_numpy(weights))
 
 
-def _pad(values: NDArray[Any], length: int, filler: int) -> NDArray[Any]:
+def pad(values: NDArray[Any], length: int, filler: int) -> NDArray[Any]:
+    """``values`` [..., L] with ``filler`` behind them, [..., length]."""
     missing = length - values.shape[-1]
     edges = [(0, 0)] * (values.ndim - 1) + [(0, missing)]
     return np.pad(values, edges, constant_values=filler)

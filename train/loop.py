@@ -6,7 +6,6 @@ would. Several processes, packing over rows and reinforcement are not here.
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,17 +83,6 @@ def chain(turns: Iterator[Turn], rng: np.random.Generator) -> Iterator[list[Turn
             waiting = []
     if waiting:
         yield waiting
-
-
-def ahead(sampler: Sampler, start: int, until: int) -> Iterator[tuple[Batch, list[Targets]]]:
-    """Batches of steps ``start`` to ``until``, each drawn while its predecessor is learned from."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(sampler.batch, start)
-        for step in range(start, until):
-            batch = waiting.result()
-            if step + 1 < until:
-                waiting = pool.submit(sampler.batch, step + 1)
-            yield batch
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,6 @@ import hashlib
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -355,19 +354,3 @@ def share_out(sizes: Sequence[int], capacity: int, world: int) -> list[list[int]
         else:
             return places
         bins += world
-
-
-def ahead(
-    mixture: Mixture, steps: range, rank: int, world: int, threads: int = 2
-) -> Iterator[list[PackedRow]]:
-    """``mixture.rows`` of every step in order, the next ones being made in the background."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = [pool.submit(mixture.rows, step, rank, world) for step in steps[:threads]]
-        try:
-            for step in steps:
-                if step + threads in steps:
-                    waiting.append(pool.submit(mixture.rows, step + threads, rank, world))
-                yield waiting.pop(0).result()
-        finally:
-            for one in waiting:
-                one.cancel()

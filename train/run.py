@@ -22,7 +22,8 @@ from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.collator import Batch, see
 from medmo_edge.train.interrupt import stop_requests
-from medmo_edge.train.loop import Sampler, Trainer, ahead, build_optimizer
+from medmo_edge.train.loop import Sampler, Trainer, build_optimizer
+from medmo_edge.train.prefetch import ahead
 from medmo_edge.train.questions import sample_turns
 from medmo_edge.train.radiology import read_radiology
 from medmo_edge.train.recipe import Phase, Recipe, load_recipe
@@ -179,7 +180,7 @@ class Run:
         self.trainer.model.train()
         use_products(self.trainer.model)
         with stop_requests() as stop, step_bar(self.step, until) as show:
-            for batch, dense in ahead(self.sampler, self.step, until):
+            for batch, dense in ahead(self.sampler.batch, range(self.step, until), 1):
                 show(self.step, self._one_step(batch, dense))
                 if stop.is_set() or self.step % rhythm.save_every == 0:
                     self.save()

@@ -7,32 +7,26 @@ wrong is refused before (``stage_plan``). Recipes that start from nothing have a
 """
 
 import gc
-import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmo_edge.checkpoint import NANO
 from medmo_edge.errors import UsageError
-from medmo_edge.train.base_model import (
-    Base,
-    load_base,
-    replace_folder,
-    save_checkpoint,
-    set_trainable,
-    write_json,
-)
+from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.capacity import uses_vllm
+from medmo_edge.train.folders import replaced, write_json
 from medmo_edge.train.grpo import run_rl
 from medmo_edge.train.grpo_trl import run_trl
 from medmo_edge.train.lora import adapter_config, write_adapter
 from medmo_edge.train.merge import merge_adapter
-from medmo_edge.train.mixture import ahead
 from medmo_edge.train.packed_attention import use_packed
 from medmo_edge.train.parallel import Group, joined, spread, whole_weights
+from medmo_edge.train.prefetch import ahead
 from medmo_edge.train.recipe import read_document
 from medmo_edge.train.stage_plan import CARD, Plan, make_plans, require_place
 from medmo_edge.train.stages import RlStage, Stage, StagedRecipe, read_stages
@@ -44,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKPOINT, ADAPTER, FEATURES = "checkpoint", "adapter", "vision-cache"
+_DRAWN_AHEAD = 2  # steps whose rows are made while one is learned from
 
 
 def run_stages(
@@ -189,7 +184,8 @@ def _supervise(prepared: Prepared) -> None:
     plan, loop, group = prepared.plan, prepared.loop, prepared.group
     use_packed(prepared.base.model)
     steps = range(loop.step, loop.total)
-    rows: Any = ahead(plan.mixture, steps, group.rank, group.world)
+    draw = partial(plan.mixture.rows, rank=group.rank, world=group.world)
+    rows: Any = ahead(draw, steps, _DRAWN_AHEAD)
     with closing(rows):
         learner = Supervised(
             call=prepared.call,
@@ -255,13 +251,10 @@ def _write_adapter(
     folder: Path,
     notes: Mapping[str, Any],
 ) -> None:
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     config = adapter_config(plan.stage.trainable, plan.stage.lora_rank, str(start.absolute()))
-    write_adapter(weights, config, staging)
-    write_json(staging / CARD, {"name": plan.recipe.name, "training": dict(notes)})
-    replace_folder(staging, folder)
+    with replaced(folder) as staging:
+        write_adapter(weights, config, staging)
+        write_json(staging / CARD, {"name": plan.recipe.name, "training": dict(notes)})
 
 
 def _say_skipped(plan: Plan) -> None:

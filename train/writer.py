@@ -5,15 +5,13 @@ full (transformers 5's save_pretrained leaves out what 4.57 needs). The folder a
 not at all.
 """
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medmo_edge.boxes import Coords
 from medmo_edge.preprocess import BICUBIC, Preprocessing
 from medmo_edge.train.architecture import config_values
+from medmo_edge.train.folders import replaced, write_json
 from medmo_edge.train.recipe import Phase, Recipe
 from medmo_edge.train.vocabulary import special_ids, tokenizer_config
 
@@ -60,21 +58,12 @@ def write_checkpoint(
     notes: dict[str, Any],
 ) -> None:
     """Replace ``folder`` by the checkpoint; ``notes`` (step, scores) go into medmo_edge.json."""
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    _write_weights(weights, staging / "model.safetensors")
-    (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    tokenizer.save(str(staging / "tokenizer.json"))
-    for name, values in _documents(recipe, tokenizer, limits, notes).items():
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        (staging / name).write_text(f"{text}\n", encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(staging, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced(folder) as staging:
+        _write_weights(weights, staging / "model.safetensors")
+        (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        tokenizer.save(str(staging / "tokenizer.json"))
+        for name, values in _documents(recipe, tokenizer, limits, notes).items():
+            write_json(staging / name, values)
 
 
 def _documents(
