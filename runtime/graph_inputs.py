@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from medmo_edge.errors import ArtifactError
 from medmo_edge.manifest import Manifest
 from medmo_edge.runtime.model_facts import Facts
+from medmo_edge.runtime.ort_values import decode_rows
 from medmo_edge.vision_inputs import VisionGeometry, rope_cos_sin
 
 
@@ -52,22 +53,36 @@ class Rope:
         )
 
 
-def open_table(manifest: Manifest, facts: Facts) -> NDArray[Any]:
-    """The embedding table [V, hidden], mapped. Errors: ArtifactError when it is another one."""
-    path = manifest.path_of("embeddings")
-    try:
-        table: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}: copy the artifact again") from error
-    dtype = str(manifest.weights.get("embeddings_dtype"))
-    storage = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}.get(dtype)
-    shape = (facts.vocab_size, facts.hidden_size)
-    if table.shape != shape or table.dtype != storage:
-        raise ArtifactError(
-            f"{path} holds {table.dtype} {list(table.shape)}, the manifest says {dtype} "
-            f"{list(shape)}: export again"
-        )
-    return table
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """The embedding table [V, hidden] in its mapped file, in the format ``dtype``."""
+
+    table: NDArray[Any]
+    dtype: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, facts: Facts) -> "Embeddings":
+        """Errors: ArtifactError when the table cannot be read or is another one."""
+        path = manifest.path_of("embeddings")
+        try:
+            table: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read: {error}: copy the artifact again"
+            ) from error
+        dtype = str(manifest.weights.get("embeddings_dtype"))
+        storage = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}.get(dtype)
+        shape = (facts.vocab_size, facts.hidden_size)
+        if table.shape != shape or table.dtype != storage:
+            raise ArtifactError(
+                f"{path} holds {table.dtype} {list(table.shape)}, the manifest says {dtype} "
+                f"{list(shape)}: export again"
+            )
+        return cls(table, dtype)
+
+    def rows(self, ids: list[int]) -> NDArray[np.float32]:
+        """Embeddings [S, hidden] of ``ids``."""
+        return decode_rows(self.table[ids], self.dtype)
 
 
 def vision_geometry(manifest: Manifest) -> VisionGeometry:

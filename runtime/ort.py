@@ -3,9 +3,6 @@
 Embeddings are looked up here, in a mapped file; pictures go through the vision graph once and then
 take the places of their tokens. The KV cache stays in place between steps and questions. It does
 not batch conversations, and it does not use ONNX Runtime's TensorRT provider.
-
-Cells and positions are counted apart: an image of n tokens takes n cells of the KV cache but
-advances the position only by the longer side of its token grid.
 """
 
 from collections.abc import Callable
@@ -17,16 +14,16 @@ from numpy.typing import NDArray
 
 from medmo_edge.errors import GenerationError
 from medmo_edge.manifest import Manifest
-from medmo_edge.preprocess import Preprocessing, mrope_positions
+from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import ort_fit as fit
 from medmo_edge.runtime import ort_native as native
 from medmo_edge.runtime.backends import START, Mark
 from medmo_edge.runtime.device import Device
-from medmo_edge.runtime.graph_inputs import open_table
+from medmo_edge.runtime.graph_inputs import Embeddings
 from medmo_edge.runtime.model_facts import FIRST_CELLS, Facts
 from medmo_edge.runtime.ort_decoder import CHUNK, Decoder
-from medmo_edge.runtime.ort_values import decode_rows
 from medmo_edge.runtime.ort_vision import Vision
+from medmo_edge.runtime.spans import Span, end_behind, image_span, text_span
 
 NAME = "ort"
 
@@ -94,8 +91,7 @@ class Ort:
         self._facts = Facts.of(manifest)
         self._factor = Preprocessing.from_dict(manifest.preprocessing).factor
         self._end = START
-        self._table: NDArray[Any] | None = open_table(manifest, self._facts)
-        self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
+        self._embeddings: Embeddings | None = Embeddings.of(manifest, self._facts)
         provider = native.CUDA if place == "cuda" else native.CPU
         settings = native.Settings(provider=provider, threads=threads, optimise=optimise)
         self._decoder: Decoder | None = Decoder(
@@ -124,21 +120,16 @@ class Ort:
 
     def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:
         """See ``Backend``."""
-        if not ids:
-            raise ValueError("decode_tokens needs at least one token")
-        rows = decode_rows(self._embeddings()[ids], self._table_dtype)
-        positions = np.tile(np.arange(len(ids), dtype=np.int64), (3, 1)) + self._end.position
-        return self._append(rows, positions, len(ids))
+        span = text_span(len(ids))
+        self._require_open()
+        assert self._embeddings is not None
+        return self._append(self._embeddings.rows(ids), span)
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
-        height, width = (side // self._factor for side in resized_HWC.shape[:2])
-        self._reserve(height * width, max(height, width))
-        rows = self.encode_image(resized_HWC)
-        positions, _ = mrope_positions(
-            [0] * len(rows), [(1, height, width)], image_token_id=0, merge_size=1
-        )
-        self._append(rows, positions + self._end.position, max(height, width))
+        span = image_span(resized_HWC, self._factor)
+        self._reserve(span)  # before the tower works in vain
+        self._append(self.encode_image(resized_HWC), span)
 
     def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See ``Backend``."""
@@ -146,31 +137,23 @@ class Ort:
         assert self._vision is not None
         return self._vision.encode(resized_HWC)
 
-    def _append(
-        self, rows_SR: NDArray[np.float32], positions: NDArray[np.int64], advance: int
-    ) -> NDArray[np.float32]:
+    def _append(self, rows_SR: NDArray[np.float32], span: Span) -> NDArray[np.float32]:
         """Evaluate rows behind the present end; the end moves once all of them are done."""
-        self._reserve(len(rows_SR), advance)
-        decoder, used = self._require_open(), self._end.cells
-        for first in range(0, len(rows_SR), CHUNK):
+        end, used = self._reserve(span), self._end.cells
+        decoder, positions = self._require_open(), span.offsets + self._end.position
+        for first in range(0, span.cells, CHUNK):
             part = slice(first, first + CHUNK)
             logits = decoder.evaluate(rows_SR[part], positions[:, part], used + first)
-        self._end = Mark(used + len(rows_SR), self._end.position + advance)
+        self._end = end
         return logits
 
-    def _reserve(self, cells: int, positions: int) -> None:
+    def _reserve(self, span: Span) -> Mark:
         """Make room, by a larger cache if needed. Errors: GenerationError when there is none."""
-        needed = self._end.cells + cells
-        if needed > self.max_cells:
-            raise GenerationError(
-                f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or "
-                "fewer images, or a shorter question"
-            )
-        if self._end.position + positions > self._facts.max_positions:
-            raise GenerationError(
-                f"the conversation is longer than the model's {self._facts.max_positions} positions"
-            )
-        self._grow(needed, self._end.cells)
+        end = end_behind(
+            self._end, span, max_cells=self.max_cells, max_positions=self._facts.max_positions
+        )
+        self._grow(end.cells, self._end.cells)
+        return end
 
     def _grow(self, needed: int, used: int) -> None:
         decoder = self._require_open()
@@ -192,17 +175,12 @@ class Ort:
 
     def close(self) -> None:
         """See ``Backend``."""
-        self._decoder = self._vision = self._table = None
+        self._decoder = self._vision = self._embeddings = None
 
     def _require_open(self) -> Decoder:
         if self._decoder is None:
             raise GenerationError("the backend is closed: load the artifact again")
         return self._decoder
-
-    def _embeddings(self) -> NDArray[Any]:
-        self._require_open()
-        assert self._table is not None
-        return self._table
 
 
 def _describe(device: Device, wanted: fit.Place, got: fit.Place, threads: int) -> str:

@@ -4,9 +4,6 @@ Embeddings are looked up here, in a mapped file; a picture's features go from th
 the decoder without leaving the GPU. The KV cache has the length the artifact was exported with, and
 stays in place between steps and questions. It does not batch conversations, and it builds engines
 only where MEDMO_EDGE_BUILD=1 allows it; otherwise it says how to.
-
-Cells and positions are counted apart: an image of n tokens takes n cells of the KV cache but
-advances the position only by the longer side of its token grid.
 """
 
 import os
@@ -19,14 +16,14 @@ from numpy.typing import NDArray
 
 from medmo_edge.errors import BackendUnavailable, GenerationError
 from medmo_edge.manifest import Manifest
-from medmo_edge.preprocess import Preprocessing, mrope_positions
+from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import trt_fit as fit
 from medmo_edge.runtime import trt_library
 from medmo_edge.runtime.backends import START, Interrupted, Mark
 from medmo_edge.runtime.device import Device, cuda_devices
-from medmo_edge.runtime.graph_inputs import open_table
+from medmo_edge.runtime.graph_inputs import Embeddings
 from medmo_edge.runtime.model_facts import Facts
-from medmo_edge.runtime.ort_values import decode_rows
+from medmo_edge.runtime.spans import Span, end_behind, image_span, text_span
 from medmo_edge.runtime.trt_cuda import Gpu, OutOfMemory
 from medmo_edge.runtime.trt_decoder import Decoder, Features
 from medmo_edge.runtime.trt_engines import Engines, Search, find_engines
@@ -37,6 +34,7 @@ from medmo_edge.runtime.trt_vision import Vision
 NAME = "trt"
 #: set to 1 where engines that are missing may be built when an artifact is loaded
 BUILD_VARIABLE = "MEDMO_EDGE_BUILD"
+_NO_ROOM = "use smaller or fewer images, a shorter question, or export with a larger --cache-length"
 
 
 def unavailable() -> str | None:
@@ -121,8 +119,7 @@ class Trt:
         self._facts = Facts.of(manifest)
         self._factor = Preprocessing.from_dict(manifest.preprocessing).factor
         self._end = START
-        self._table: NDArray[Any] | None = open_table(manifest, self._facts)
-        self._table_dtype = str(manifest.weights.get("embeddings_dtype"))
+        self._embeddings: Embeddings | None = Embeddings.of(manifest, self._facts)
         capacity = fit.Recipe.of(manifest).capacity
         self.max_cells = min(capacity, max_context or capacity)
         self.device = f"cuda ({device.cuda[0].name}, {library.name} {library.short_version})"
@@ -150,24 +147,16 @@ class Trt:
 
     def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:
         """See ``Backend``."""
-        if not ids:
-            raise ValueError("decode_tokens needs at least one token")
+        span = text_span(len(ids))
         self._require_open()
-        assert self._table is not None
-        rows = decode_rows(self._table[ids], self._table_dtype)
-        positions = np.tile(np.arange(len(ids), dtype=np.int64), (3, 1)) + self._end.position
-        return self._append(rows, positions, len(ids), len(ids))
+        assert self._embeddings is not None
+        return self._append(self._embeddings.rows(ids), span)
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
-        height, width = (side // self._factor for side in resized_HWC.shape[:2])
-        tokens, advance = height * width, max(height, width)
-        self._reserve(tokens, advance)
-        features = self._see(resized_HWC)
-        positions, _ = mrope_positions(
-            [0] * tokens, [(1, height, width)], image_token_id=0, merge_size=1
-        )
-        self._append(features, positions + self._end.position, tokens, advance)
+        span = image_span(resized_HWC, self._factor)
+        self._end_behind(span)  # before the tower works in vain
+        self._append(self._see(resized_HWC), span)
 
     def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See ``Backend``."""
@@ -179,31 +168,22 @@ class Trt:
             raise Interrupted
         return self._vision.run(resized_HWC)
 
-    def _append(
-        self,
-        source: NDArray[np.float32] | Features,
-        positions: NDArray[np.int64],
-        cells: int,
-        advance: int,
-    ) -> NDArray[np.float32]:
+    def _append(self, source: NDArray[np.float32] | Features, span: Span) -> NDArray[np.float32]:
         """Evaluate rows behind the present end; the end moves once all of them are done."""
-        self._reserve(cells, advance)
+        end, positions = self._end_behind(span), span.offsets + self._end.position
         logits = self._decoder.evaluate(source, positions, self._end.cells)
-        self._end = Mark(self._end.cells + cells, self._end.position + advance)
+        self._end = end
         return logits
 
-    def _reserve(self, cells: int, positions: int) -> None:
+    def _end_behind(self, span: Span) -> Mark:
         """Errors: GenerationError when there is no room."""
-        needed = self._end.cells + cells
-        if needed > self.max_cells:
-            raise GenerationError(
-                f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or fewer "
-                "images, a shorter question, or export with a larger --cache-length"
-            )
-        if self._end.position + positions > self._facts.max_positions:
-            raise GenerationError(
-                f"the conversation is longer than the model's {self._facts.max_positions} positions"
-            )
+        return end_behind(
+            self._end,
+            span,
+            max_cells=self.max_cells,
+            max_positions=self._facts.max_positions,
+            advice=_NO_ROOM,
+        )
 
     def save(self) -> NDArray[np.uint8]:
         """See ``Backend``."""
@@ -224,7 +204,7 @@ class Trt:
         self._decoder.close()
         self._vision.close()
         self._gpu.close()
-        self._gpu = self._table = None
+        self._gpu = self._embeddings = None
 
     def _require_open(self) -> None:
         if self._gpu is None:
