@@ -30,6 +30,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from dcmtk_programs import prefer_dcmtk
+
 ANSWER = "fake:nodule <box>[[100, 200, 300, 400]]</box>"
 PATIENT = "ENDURANCE^PATIENT"
 EVERY = 20  # every so many chunks go to the slow destination too
@@ -314,9 +316,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    # pynetdicom's programs have the names of DCMTK's, and an activated environment finds them first
-    ours = str(Path(sys.executable).parent)
-    os.environ["PATH"] = os.pathsep.join(place for place in os.get_exec_path() if place != ours)
+    prefer_dcmtk()
     for tool in ("storescu", "storescp"):
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is not installed: it is in DCMTK")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from published_files import write_parquet
 
 
 def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
@@ -25,14 +26,6 @@ def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
 def _write(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def _parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
 def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -69,7 +62,7 @@ def mmmu(folder: Path) -> None:
             )
             options = "['<image 1>', '<image 2>']"
             rows.append(rows[0] | {"id": "v3", "options": options, "answer": "A"})
-        _parquet(folder / subject / "validation-00000-of-00001.parquet", rows)
+        write_parquet(folder / subject / "validation-00000-of-00001.parquet", rows)
 
 
 def vqa_rad(folder: Path) -> None:
@@ -78,8 +71,8 @@ def vqa_rad(folder: Path) -> None:
         {"image": _image(1), "question": "Is there an effusion?", "answer": "Yes"},
         {"image": _image(2), "question": "Which organ?", "answer": "lung"},
     ]
-    _parquet(folder / "data" / "test-00000-of-00001-e5bc3d208bb4deeb.parquet", rows)
-    _parquet(folder / "data" / "train-00000-of-00001-eb8844602202be60.parquet", rows[:1])
+    write_parquet(folder / "data" / "test-00000-of-00001-e5bc3d208bb4deeb.parquet", rows)
+    write_parquet(folder / "data" / "train-00000-of-00001-eb8844602202be60.parquet", rows[:1])
 
 
 def slake(folder: Path) -> None:
@@ -154,7 +147,7 @@ def medxpertqa(folder: Path) -> None:
 def mmlu(folder: Path) -> None:
     """Hugging Face's "all" config; one row is not medical."""
     row = {"question": "Which bone?", "subject": "anatomy", "choices": list("wxyz"), "answer": 2}
-    _parquet(
+    write_parquet(
         folder / "all" / "test-00000-of-00001.parquet",
         [row, row | {"subject": "virology", "answer": 0}, row | {"subject": "astronomy"}],
     )
@@ -182,7 +175,7 @@ def pubmedqa_copy(folder: Path) -> None:
         "Options": {"A": "yes", "B": "no", "C": "maybe"},
         "Correct Option": "C",
     }
-    _parquet(folder / "data" / "test-00000-of-00001.parquet", [{"id": "1", "data": data}])
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", [{"id": "1", "data": data}])
 
 
 def medmcqa(folder: Path) -> None:
@@ -190,7 +183,7 @@ def medmcqa(folder: Path) -> None:
     row: dict[str, Any] = {"id": "a", "question": "Which?", "subject_name": "Anatomy"}
     row |= {"opa": "w", "opb": "x", "opc": "y", "opd": "z", "choice_type": "single"}
     rows = [row | {"cop": 0}, row | {"id": "b", "cop": 3}]
-    _parquet(folder / "data" / "validation-00000-of-00001.parquet", rows)
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", rows)
 
 
 def medmcqa_original(folder: Path) -> None:
@@ -215,14 +208,14 @@ def medbullets_4(folder: Path) -> None:
     """tuenguyen/Medical-Eval-MedBullets_op4."""
     options = {"A": "w", "B": "x", "C": "y", "D": "z"}
     row = {"question": "Which drug?", "options": options, "answer_idx": "D", "answer": "z"}
-    _parquet(folder / "data" / "train-00000-of-00001.parquet", [row])
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", [row])
 
 
 def medbullets_5(folder: Path) -> None:
     """LangAGI-Lab/medbullets_op5."""
     row = {f"op{letter}": letter for letter in "abcde"}
     row |= {"question": "Which drug?", "answer_idx": "E", "answer": "e"}
-    _parquet(folder / "data" / "train-00000-of-00001.parquet", [row])
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", [row])
 
 
 def supergpqa(folder: Path) -> None:
@@ -272,7 +265,7 @@ def iu_xray(folder: Path) -> None:
 def medtrinity(folder: Path) -> None:
     """25M_demo."""
     rows = [{"image": _image(), "id": "a.jpg", "caption": "A chest CT with a nodule."}]
-    _parquet(folder / "25M_demo" / "train-00000-of-00001.parquet", rows)
+    write_parquet(folder / "25M_demo" / "train-00000-of-00001.parquet", rows)
 
 
 def medsg(folder: Path) -> None:
@@ -349,7 +342,7 @@ def path_vqa(folder: Path) -> None:
         {"image": _image(1), "question": "is necrosis present?", "answer": "no"},
         {"image": _image(1), "question": "what is present?", "answer": "spleen"},
     ]
-    _parquet(folder / "data" / "test-00000-of-00003.parquet", rows)
+    write_parquet(folder / "data" / "test-00000-of-00003.parquet", rows)
 
 
 def medsg_tasks(folder: Path) -> None:

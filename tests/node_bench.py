@@ -1,4 +1,4 @@
-"""A DICOM node in this process with DCMTK's programs as its peers, for the tests of the node."""
+"""A DICOM node with DCMTK's programs as its peers, in this process or one of its own: for tests."""
 
 import io
 import shutil
@@ -44,10 +44,32 @@ results = ["sr", "gsps"]
 send_to = ["pacs"]
 {rule}
 """
+#: one question and one result for every image, which can be sent nowhere
+LONE_RULES = """
+[node]
+ae_title = "MEDMO"
+spool = "spool"
+port = {port}
+accept_from = ["CT1"]
+min_free_mb = 1
+retry_seconds = 0.2
+
+[destinations.nobody]
+kind = "c-store"
+host = "127.0.0.1"
+port = 1
+ae_title = "NOBODY"
+
+[[rules]]
+name = "all"
+questions = ["Locate the nodule."]
+results = ["sr"]
+send_to = ["nobody"]
+"""
 
 
 def tool(name: str) -> str:
-    """Path of a DCMTK program, or a skip."""
+    """Path of a program that is no part of Python, most often of DCMTK; or a skip."""
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed")
@@ -61,7 +83,26 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(done: Callable[[], Any], seconds: float = 20) -> None:
+def connects(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def write_lone_rules(folder: Path) -> int:
+    """rules.toml with ``LONE_RULES``; the port that the node will have."""
+    port = free_port()
+    (folder / "rules.toml").write_text(LONE_RULES.format(port=port))
+    return port
+
+
+def store(port: int, *paths: Path, calling: str = "CT1", called: str = "MEDMO") -> int:
+    """Exit code of storescu."""
+    command = [tool("storescu"), "-aet", calling, "-aec", called, "127.0.0.1", str(port)]
+    return subprocess.run([*command, *map(str, paths)], capture_output=True).returncode
+
+
+def until(done: Callable[[], Any], seconds: float = 40) -> None:
     """Wait for ``done``, or fail."""
     deadline = time.monotonic() + seconds
     while not done():
@@ -101,9 +142,8 @@ class Bench:
         self.stack.callback(peer.terminate)
 
     def send(self, node: Node, *paths: Path, calling: str = "CT1", called: str = "MEDMO") -> int:
-        """Exit code of storescu."""
-        command = [tool("storescu"), "-aet", calling, "-aec", called, "127.0.0.1", str(node.port)]
-        return subprocess.run([*command, *map(str, paths)], capture_output=True).returncode
+        """See ``store``."""
+        return store(node.port, *paths, calling=calling, called=called)
 
     def counts(self) -> dict[str, int]:
         """States of instances and deliveries."""

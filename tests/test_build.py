@@ -2,19 +2,17 @@
 
 import json
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from trt_artifacts import write_scatter
+from command_line import assert_refused, run_here
 from trt_machine import Machine, pretend
 
 from medmo_edge import build as build_module
-from medmo_edge.cli import main
 from medmo_edge.runtime.session import load
 
 pytest.importorskip("onnxruntime", reason="the fake GPU computes with it")
@@ -23,21 +21,10 @@ pytest.importorskip("onnx", reason="the fake TensorRT parses with it")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def template(
-    tiny_artifacts: Callable[..., Path],
-    tiny_checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A tiny artifact for TensorRT, without engines."""
-    folder = tmp_path_factory.mktemp("template") / "artifact"
-    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, folder)
-
-
 @pytest.fixture
-def artifact(template: Path, tmp_path: Path) -> Path:
+def artifact(tiny_scatter: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(template, tmp_path / "artifact"))
+    return Path(shutil.copytree(tiny_scatter, tmp_path / "artifact"))
 
 
 @pytest.fixture
@@ -51,24 +38,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """``run("build", ...)``: exit code, stdout, stderr."""
-
-    def call(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["medmo-edge", *map(str, arguments)])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        output = capsys.readouterr()
-        code = ended.value.code if isinstance(ended.value.code, int) else 1
-        return subprocess.CompletedProcess(arguments, code, output.out, output.err)
-
-    return call
-
-
-def _assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("medmo-edge: ")
-    assert all(word in result.stderr for word in words), result.stderr
+    return partial(run_here, monkeypatch, capsys)
 
 
 def test_engines_are_built_once(machine: Machine, artifact: Path, run: Run) -> None:
@@ -110,17 +80,17 @@ def test_json_is_the_record(machine: Machine, artifact: Path, tmp_path: Path, ru
 def test_what_cannot_be_built_is_one_line(
     machine: Machine, artifact: Path, tiny_artifacts: Callable[..., Path], tmp_path: Path, run: Run
 ) -> None:
-    _assert_refused(run("build", tmp_path / "absent"), "does not exist")
-    _assert_refused(run("build", tiny_artifacts("onnx-fp32")), "onnx-fp32", "needs no engines")
-    _assert_refused(run("build", artifact, "--sm", "89"), "--sm is for --check and --rtx")
-    _assert_refused(run("build", artifact, "--rtx"), "tensorrt-rtx is not installed: pip install")
-    _assert_refused(run("build", artifact, "--check"), "--check needs a GPU", "--sm 89")
-    _assert_refused(run("build", artifact, "--check", "--sm", "89", "-o", "x"), "leave -o out")
-    _assert_refused(run("build", artifact, "--rtx", "--sm", "89", "--sm", "86"), "one GPU at a")
+    assert_refused(run("build", tmp_path / "absent"), "does not exist")
+    assert_refused(run("build", tiny_artifacts("onnx-fp32")), "onnx-fp32", "needs no engines")
+    assert_refused(run("build", artifact, "--sm", "89"), "--sm is for --check and --rtx")
+    assert_refused(run("build", artifact, "--rtx"), "tensorrt-rtx is not installed: pip install")
+    assert_refused(run("build", artifact, "--check"), "--check needs a GPU", "--sm 89")
+    assert_refused(run("build", artifact, "--check", "--sm", "89", "-o", "x"), "leave -o out")
+    assert_refused(run("build", artifact, "--rtx", "--sm", "89", "--sm", "86"), "one GPU at a")
     machine.become(cuda=())
-    _assert_refused(run("build", artifact), "no CUDA GPU here", "--check --sm 89")
+    assert_refused(run("build", artifact), "no CUDA GPU here", "--check --sm 89")
     machine.packages = {}
-    _assert_refused(run("build", artifact, "--check", "--sm", "89"), "TensorRT is not installed")
+    assert_refused(run("build", artifact, "--check", "--sm", "89"), "TensorRT is not installed")
     assert not (artifact / "engines").exists()
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import assert_refused, run_here
 from PIL import Image
-
-from medmo_edge.cli import main
 
 FAKE = "fake:WBC <box>[[100, 200, 300, 600]]</box>"
 
@@ -22,28 +21,6 @@ def _run(*arguments: str | Path, **changes: str) -> subprocess.CompletedProcess[
     command = [sys.executable, "-m", "medmo_edge", *map(str, arguments)]
     environment = {**os.environ, **changes}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def _run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
-) -> subprocess.CompletedProcess[str]:
-    """``main`` in this process: what a run gives, without the start-up of a new one."""
-    monkeypatch.setattr(sys, "argv", ["medmo-edge", *arguments])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    output = capsys.readouterr()
-    code = ended.value.code if isinstance(ended.value.code, int) else 1
-    return subprocess.CompletedProcess(arguments, code, output.out, output.err)
-
-
-def _assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Exit code 2 and exactly one line on stderr that says what is wrong."""
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("medmo-edge: "), result.stderr
-    assert all(word in lines[0] for word in words), result.stderr
-    assert result.stdout == ""
 
 
 @pytest.fixture()
@@ -103,7 +80,7 @@ def test_overlay_shows_the_box_and_is_never_replaced_silently(picture: Path) -> 
     # 200 pixels are enlarged four times; the box starts at 20, 10 in the source.
     assert drawn[60, 80].tolist() != [0, 0, 0] and drawn[60, 70].tolist() == [0, 0, 0]
     before = overlay.stat()
-    _assert_refused(_run(*arguments), "exists already", "--overwrite")
+    assert_refused(_run(*arguments), "exists already", "--overwrite")
     assert overlay.stat().st_mtime_ns == before.st_mtime_ns
     assert _run(*arguments, "--overwrite").returncode == 0
 
@@ -162,7 +139,7 @@ def test_bad_input_is_one_line(
     places = {"picture": picture, "text": note, "other": other, "folder": other}
     new = tmp_path / "new"
     filled = [each.format(**places, new=new) if "{" in each else each for each in arguments]
-    _assert_refused(_run_here(monkeypatch, capsys, *filled), *words)
+    assert_refused(run_here(monkeypatch, capsys, *filled), *words)
     assert not list(tmp_path.glob("*new*")) and not list(tmp_path.glob(".*partial*"))
 
 
@@ -176,9 +153,9 @@ def test_changed_and_damaged_artifacts_are_named(artifact: Path, tmp_path: Path)
         file.write(b"\xff\xff\xff\xff")
     picture = tmp_path / "p.png"
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
-    _assert_refused(_run("ask", copy, picture, "What?"), "model.gguf", "changed")
+    assert_refused(_run("ask", copy, picture, "What?"), "model.gguf", "changed")
     (copy / "manifest.json").unlink()
-    _assert_refused(_run("ask", copy, picture, "What?"), "manifest.json")
+    assert_refused(_run("ask", copy, picture, "What?"), "manifest.json")
 
 
 def test_ctrl_c_during_an_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The shared fixtures themselves: a guard that cannot fail would guard nothing."""
 
-import shutil
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,10 +34,17 @@ def test_loopback():
 
 
 def test_the_network_guard_fails_tests(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     (tmp_path / "test_offline.py").write_text(OFFLINE_TEST)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [*command, "--rootdir", "."],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "3 passed, 2 errors" in done.stdout, done.stdout + done.stderr
     assert "used the network: [\"connect to ('192.0.2.1', 80)\"]" in done.stdout
     assert "used the network: ['look up example.org']" in done.stdout

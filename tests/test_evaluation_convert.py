@@ -1,6 +1,5 @@
 """Conversions as a user runs them: what is written, split, skipped, and never half done."""
 
-import io
 import json
 from collections import Counter
 from itertools import combinations
@@ -12,6 +11,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from published_files import png, write_parquet
 
 from medmo_edge.cli import cli
 from medmo_edge.errors import SampleError, UsageError
@@ -34,18 +34,11 @@ def captioned(folder: Path, count: int, *, same: int = 0) -> Path:
 
 def parquet(path: Path, pictures: list[int]) -> Path:
     """PathVQA rows, one question per entry, on pictures of that grey level."""
-    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
-    from pyarrow.parquet import write_table
-
     rows = []
     for number, grey in enumerate(pictures):
-        buffer = io.BytesIO()
-        Image.fromarray(np.full((8, 8), grey, np.uint8)).save(buffer, "PNG")
-        image = {"bytes": buffer.getvalue(), "path": None}
+        image = {"bytes": png(8, 8, grey), "path": None}
         rows.append({"image": image, "question": f"question {number}?", "answer": "yes"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_table(pyarrow.Table.from_pylist(rows), path)
-    return path.parent
+    return write_parquet(path, rows).parent
 
 
 def test_embedded_pictures_are_written_once_each(tmp_path: Path) -> None:

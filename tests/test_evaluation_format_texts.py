@@ -1,45 +1,14 @@
 """Readers of caption, report and multi-image formats on tiny folders in the published form."""
 
-import json
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from published_files import picture, png, write_json, write_parquet
 
 from medmo_edge.errors import SampleError
 from medmo_edge.evaluation.format_medsg import named_image
 from medmo_edge.evaluation.formats import Embedded, read_items
-
-
-def png(width: int = 60, height: int = 40, value: int = 90) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(np.full((height, width), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def picture(path: Path, value: int = 90) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(value=value))
-    return path
-
-
-def write_json(path: Path, value: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow", reason="Parquet needs pyarrow")
-    from pyarrow import parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return path
-
 
 # MedTrinity ------------------------------------------------------------------------------------
 

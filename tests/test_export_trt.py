@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 
-from medmo_edge.calibration import awq
 from medmo_edge.calibration.record import Record, read_record, write_record
 from medmo_edge.calibration.statistics import LinearStats
 from medmo_edge.checkpoint import Checkpoint, open_checkpoint
@@ -23,6 +22,7 @@ from medmo_edge.export.read_back import compare_weights
 from medmo_edge.manifest import Manifest, read_manifest
 from medmo_edge.runtime.golden import read_golden
 
+pytestmark = pytest.mark.usefixtures("short_search")
 LAYERS = 4  # of the tiny checkpoints, language and vision
 TARGETS = ("bf16", "fp16", "fp8", "int4-awq", "nvfp4")
 NARROW = {"fp8": "FLOAT8E4M3FN", "int4-awq": "INT4", "nvfp4": "FLOAT4E2M1"}
@@ -68,14 +68,6 @@ def record(tiny_untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     pytest.importorskip("safetensors", reason="writing a record needs the train extra")
     folder = tmp_path_factory.mktemp("trt") / "record"
     return make_record(open_checkpoint(tiny_untied_checkpoint), folder, {})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_search() -> Iterator[None]:
-    """Few exponents are tried: the search itself is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awq, "_GRID", 3)
-        yield
 
 
 @pytest.fixture(scope="module")

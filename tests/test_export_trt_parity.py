@@ -22,7 +22,6 @@ from onnx_host import (
 )
 from PIL import Image
 
-from medmo_edge.calibration import awq
 from medmo_edge.calibration.record import Record
 from medmo_edge.calibration.scales import fp8_scales
 from medmo_edge.evaluation.emulated_graph import emulate_graph
@@ -32,6 +31,7 @@ from medmo_edge.export.onnx_read import onnx_tensors
 from medmo_edge.manifest import read_manifest
 from medmo_edge.phantoms import draw
 
+pytestmark = pytest.mark.usefixtures("short_search")
 # Text alone, pictures of several shapes at the start, in the middle and at the end, two pictures.
 LAYOUTS: tuple[tuple[int | tuple[int, int], ...], ...] = (
     (7,),
@@ -68,14 +68,6 @@ def record(tiny_untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     samples = folder / "samples.jsonl"
     samples.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return calibrate(tiny_untied_checkpoint, samples, folder / "record")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _short_search() -> Iterator[None]:
-    """Few exponents are tried: the search itself is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awq, "_GRID", 3)
-        yield
 
 
 @pytest.fixture(scope="module")

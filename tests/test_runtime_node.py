@@ -4,8 +4,6 @@ import errno
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,6 @@ pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
 )
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """Decodes in this process: a child per image would be most of the time."""
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
-    with ExitStack() as stack:
-        made = Bench(tmp_path, stack)
-        made.configure()
-        yield made
 
 
 def test_from_the_modality_to_the_archive(bench: Bench, write_source: WriteSource) -> None:

@@ -3,45 +3,22 @@
 import json
 import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from node_bench import connects, store, tool, until, write_lone_rules
 
 pytest.importorskip("pynetdicom", reason="the node needs the dicom extra")
 pydicom = pytest.importorskip("pydicom")
-RULES = """
-[node]
-ae_title = "MEDMO"
-spool = "spool"
-port = {port}
-accept_from = ["CT1"]
-min_free_mb = 1
-retry_seconds = 0.2
-
-[destinations.nobody]
-kind = "c-store"
-host = "127.0.0.1"
-port = 1
-ae_title = "NOBODY"
-
-[[rules]]
-name = "all"
-questions = ["What?"]
-results = ["sr"]
-send_to = ["nobody"]
-"""
 TRIAL = Path(__file__).parents[1] / "benchmarks" / "node_endurance.py"
 
 
 def _run(*options: str) -> None:
-    if shutil.which("storescu") is None or shutil.which("storescp") is None:
-        pytest.skip("storescu and storescp are not installed")
+    for name in ("storescu", "storescp"):
+        tool(name)
     command = [sys.executable, str(TRIAL), "--json", *options]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.stdout, run.stderr
@@ -65,13 +42,8 @@ def test_nothing_of_a_data_set_is_printed(
     tmp_path: Path, write_source: Callable[..., Path]
 ) -> None:
     """Libraries warn with the value that they find odd; a node's log is for everybody."""
-    storescu = shutil.which("storescu")
-    if storescu is None:
-        pytest.skip("storescu is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    (tmp_path / "rules.toml").write_text(RULES.format(port=port))
+    tool("storescu")
+    port = write_lone_rules(tmp_path)
     bad_uid = write_source("ct", tmp_path / "a.dcm")
     content = bad_uid.read_bytes()
     uid = str(pydicom.dcmread(bad_uid).SOPInstanceUID).encode()
@@ -82,9 +54,9 @@ def test_nothing_of_a_data_set_is_printed(
     with (tmp_path / "log").open("wb") as log:
         node = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
         try:
-            _until(lambda: _connects(port))
-            assert not _store(storescu, port, bad_uid) and _store(storescu, port, odd)
-            _until(lambda: " answered " in (tmp_path / "log").read_text())
+            until(lambda: connects(port))
+            assert store(port, bad_uid) != 0 and store(port, odd) == 0
+            until(lambda: " answered " in (tmp_path / "log").read_text())
         finally:
             node.terminate()
             node.wait()
@@ -95,17 +67,13 @@ def test_nothing_of_a_data_set_is_printed(
 
 def test_a_disk_that_is_really_full(tmp_path: Path, write_source: Callable[..., Path]) -> None:
     """The spool is a file system of 4 MB; what does not fit is refused, not lost."""
-    storescu = shutil.which("storescu")
+    for name in ("storescu", "unshare"):
+        tool(name)
     inside = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m t spool && exec "$@"', "-"]
     (tmp_path / "spool").mkdir()
-    if storescu is None or shutil.which("unshare") is None:
-        pytest.skip("storescu or unshare is not installed")
     if subprocess.run([*inside, "true"], cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here, not even in a namespace")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    (tmp_path / "rules.toml").write_text(RULES.format(port=port))
+    port = write_lone_rules(tmp_path)
     command = [sys.executable, "-m", "medmo_edge", "node", "fake:yes", "--config", "rules.toml"]
     environment = {**os.environ, "MEDMO_EDGE_DICOM_IN_PROCESS": "1"}
     node = subprocess.Popen(
@@ -113,39 +81,20 @@ def test_a_disk_that_is_really_full(tmp_path: Path, write_source: Callable[..., 
     )
     try:
         spool = Path(f"/proc/{node.pid}/root{tmp_path}/spool")
-        _until(lambda: _connects(port))
+        until(lambda: connects(port))
         sent = [
-            _store(
-                storescu, port, write_source("ct", tmp_path / "a.dcm", SOPInstanceUID=f"1.2.{n}")
-            )
+            store(port, write_source("ct", tmp_path / "a.dcm", SOPInstanceUID=f"1.2.{n}"))
             for n in range(4)
         ]
-        _until(lambda: len(list((spool / "results").glob("*.dcm"))) == 4)
+        until(lambda: len(list((spool / "results").glob("*.dcm"))) == 4)
         fill = spool / "somebody-elses-file"
         fill.write_bytes(bytes(os.statvfs(spool).f_bavail * os.statvfs(spool).f_bsize))
         refused = write_source("ct", tmp_path / "b.dcm", SOPInstanceUID="1.2.9")
-        assert not _store(storescu, port, refused)
+        assert store(port, refused) != 0
         fill.unlink()
-        assert all(sent) and _store(storescu, port, refused)
-        _until(lambda: len(list((spool / "results").glob("*.dcm"))) == 5)
+        assert sent == [0] * 4 and store(port, refused) == 0
+        until(lambda: len(list((spool / "results").glob("*.dcm"))) == 5)
         assert not list((spool / "incoming").iterdir())
     finally:
         node.kill()
         node.wait()
-
-
-def _store(storescu: str, port: int, path: Path) -> bool:
-    command = [storescu, "-aet", "CT1", "-aec", "MEDMO", "127.0.0.1", str(port), str(path)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
-def _connects(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _until(done: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)

@@ -4,7 +4,6 @@ import email.parser
 import http.server
 import io
 import json
-import shutil
 import socket
 import ssl
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from node_bench import connects, free_port, tool, until
 
 from medmo_edge.errors import NodeError
 from medmo_edge.runtime.node_config import Destination, Tls
@@ -133,11 +133,8 @@ def test_nobody_there(objects: list[Path]) -> None:
 
 
 def _certificate(folder: Path) -> Tls:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
-    command = [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
+    command = [tool("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", "/CN=127.0.0.1"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1"]
     subprocess.run(command, check=True, capture_output=True)
@@ -146,24 +143,12 @@ def _certificate(folder: Path) -> Tls:
 
 @contextmanager
 def _storescp(folder: Path, *options: str) -> Iterator[int]:
-    program = shutil.which("storescp")
-    if program is None:
-        pytest.skip("storescp is not installed")
+    port = free_port()
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    process = subprocess.Popen(
-        [program, "-q", "-od", str(folder), *options, str(port)], stderr=subprocess.DEVNULL
-    )
+    command = [tool("storescp"), "-q", "-od", str(folder), *options, str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
-        with_port = ("127.0.0.1", port)
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(with_port) == 0:
-                    break
-            time.sleep(0.05)
+        until(lambda: connects(port))
         yield port
     finally:
         process.terminate()
@@ -267,9 +252,7 @@ def test_the_node_over_tls_wants_the_peers_certificate(tmp_path: Path) -> None:
     from medmo_edge.runtime.node_log import NodeLog
     from medmo_edge.runtime.session import load
 
-    program = shutil.which("echoscu")
-    if program is None:
-        pytest.skip("echoscu is not installed")
+    program = tool("echoscu")
     tls = _certificate(tmp_path)
     (tmp_path / "rules.toml").write_text(
         '[node]\nae_title = "MEDMO"\nspool = "spool"\nport = 0\naccept_from = ["CT1"]\n'

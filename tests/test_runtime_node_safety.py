@@ -3,8 +3,6 @@
 import shutil
 import socket
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +19,6 @@ pydicom = pytest.importorskip("pydicom")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
 )
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """Decodes in this process: a child per image would be most of the time."""
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
-    with ExitStack() as stack:
-        made = Bench(tmp_path, stack)
-        made.configure()
-        yield made
 
 
 def test_an_artifact_that_is_swapped_halts_the_node_and_loses_nothing(

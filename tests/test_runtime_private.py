@@ -9,22 +9,19 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from node_bench import ANSWER, store, tool, until, write_lone_rules
 from PIL import Image, PngImagePlugin
 from private_sources import found_in, write_private
 
 pytest.importorskip("highdicom", reason="needs the dicom extra")
-ANSWER = "fake:nodule <box>[[100, 200, 300, 400]]</box>"
 TOKEN = "a-token-for-the-tests"
 # Technique, not identity: PS3.15 table E.1-1 lets all of them stay, but for UIDs, which results
 # must refer to and which no error names.
@@ -43,27 +40,6 @@ ODD: dict[str, tuple[str, ...]] = {
     "colour": ("PhotometricInterpretation",),
     "frames": ("NUMBERS", "NumberOfFrames"),
 }
-RULES = """
-[node]
-ae_title = "MEDMO"
-spool = "spool"
-port = {port}
-accept_from = ["CT1"]
-min_free_mb = 1
-
-[destinations.nobody]
-kind = "c-store"
-host = "127.0.0.1"
-port = 1
-ae_title = "NOBODY"
-
-[[rules]]
-name = "all"
-questions = ["Locate the nodule."]
-results = ["sr"]
-send_to = ["nobody"]
-"""
-
 
 # Threads that leave catch_warnings in another order than they entered it show what it was to hide:
 # the worst case is that it hides nothing.
@@ -118,13 +94,6 @@ def test_the_sentinels_are_found_where_they_belong(sources: dict[str, Path]) -> 
             assert "PatientID" in found_in(result)
 
 
-def _wait(done: Callable[[], bool], seconds: float = 40) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, Path]]:
     """Address of a server and the file with all that it prints."""
@@ -134,7 +103,7 @@ def server(tmp_path: Path, environment: dict[str, str]) -> Iterator[tuple[str, P
     with printed.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
-            _wait(lambda: "Stop with" in printed.read_text())
+            until(lambda: "Stop with" in printed.read_text())
             (base,) = re.findall(r"api: (\S+)/v1", printed.read_text())
             yield base, printed
             process.send_signal(signal.SIGTERM)
@@ -208,25 +177,19 @@ def test_a_node_says_nothing(
     sources: dict[str, Path], tmp_path: Path, environment: dict[str, str]
 ) -> None:
     pytest.importorskip("pynetdicom", reason="the node needs the dicom extra")
-    storescu = shutil.which("storescu")
-    if storescu is None:
-        pytest.skip("storescu is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    (tmp_path / "rules.toml").write_text(RULES.format(port=port))
+    tool("storescu")
+    port = write_lone_rules(tmp_path)
     run = [sys.executable, "-m", "medmo_edge", "node"]
     printed = tmp_path / "printed"
     with printed.open("wb") as file:
         command = [*run, ANSWER, "--config", "rules.toml"]
         node = subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file, env=environment)
         try:
-            _wait(lambda: " listening " in printed.read_text())
+            until(lambda: " listening " in printed.read_text())
             for path in sources.values():
-                command = [storescu, "-aet", "CT1", "-aec", "MEDMO", "127.0.0.1", str(port)]
-                subprocess.run([*command, str(path)], capture_output=True)
+                store(port, path)
             stored = printed.read_text().count(" stored ")
-            _wait(
+            until(
                 lambda: len(re.findall("Z (answered|quarantined)", printed.read_text())) == stored
             )
             command = [*run, "status", "--config", "rules.toml", "--json"]

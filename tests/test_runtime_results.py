@@ -1,7 +1,5 @@
 """Results against independent readers: dciodvfy, dsrdump, dcmp2pgm, highdicom and pydicom."""
 
-import io
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -10,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from node_bench import tool
 from PIL import Image
+from result_objects import TWO_BOXES, ask, read
 
 from medmo_edge.errors import ResultError, UsageError
-from medmo_edge.images import Frame, read_image
-from medmo_edge.runtime.answers import Answer
+from medmo_edge.images import read_image
 from medmo_edge.runtime.results import (
     ResultOptions,
     make_gsps,
@@ -23,51 +22,25 @@ from medmo_edge.runtime.results import (
     write_results,
     write_sr,
 )
-from medmo_edge.runtime.session import load
 
 hd = pytest.importorskip("highdicom", reason="DICOM results need the dicom extra")
 pydicom = pytest.importorskip("pydicom")
 
 WriteSource = Callable[..., Path]
 KINDS = ("cr", "dx", "dx1", "ct", "mr", "us", "palette", "us-frames", "mr-frames")
-TWO_BOXES = (
-    "The nodule <box>[[100, 200, 300, 400]]</box> lies above an odd looking long shadow "
-    "<box>[[500, 500, 700, 900]]</box>."
-)
-
-
-@pytest.fixture(autouse=True)
-def _decode_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child process per frame would be most of the time; test_core_dicom_child.py has them."""
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
-
-
-def _needs(tool: str) -> str:
-    found = shutil.which(tool)
-    if found is None:
-        pytest.skip(f"{tool} is not installed")
-    return found
-
-
-def _ask(frames: list[Frame], text: str = TWO_BOXES) -> Answer:
-    with load(f"fake:{text}") as session:
-        return session.ask(frames, "Locate the nodule.")
-
-
-def _read(content: bytes) -> Any:
-    return pydicom.dcmread(io.BytesIO(content))
+pytestmark = pytest.mark.usefixtures("decode_here")
 
 
 def _errors(content: bytes, path: Path) -> list[str]:
     path.write_bytes(content)
-    run = subprocess.run([_needs("dciodvfy"), "-new", path], capture_output=True, text=True)
+    run = subprocess.run([tool("dciodvfy"), "-new", path], capture_output=True, text=True)
     return [line for line in run.stderr.splitlines() if line.startswith("Error")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dciodvfy_finds_no_error(kind: str, write_source: WriteSource, tmp_path: Path) -> None:
     frame = read_image(write_source(kind, tmp_path / "source.dcm"))
-    answer = _ask([frame])
+    answer = ask([frame])
     plain = ResultOptions(plain_sr=True)
     for make, options in ((make_sr, None), (make_sr, plain), (make_gsps, None), (make_sc, None)):
         assert _errors(make([frame], answer, options), tmp_path / "result.dcm") == []
@@ -79,10 +52,10 @@ def test_answers_with_and_without_boxes(
     text: str, kind: str, write_source: WriteSource, tmp_path: Path
 ) -> None:
     frame = read_image(write_source(kind, tmp_path / "source.dcm"))
-    answer = _ask([frame], text)
+    answer = ask([frame], text)
     for make in (make_sr, make_gsps, make_sc):
         assert _errors(make([frame], answer), tmp_path / "result.dcm") == []
-    report = _read(make_sr([frame], answer))
+    report = read(make_sr([frame], answer))
     comments = [
         str(item.TextValue)
         for item in _items(report)
@@ -110,10 +83,10 @@ def test_dsrdump_and_highdicom_read_the_report_back(
     path = write_source(kind, tmp_path / "source.dcm")
     number = 3 if kind == "us-frames" else None
     frame = read_image(path, frame=2 if number else 0)
-    answer = _ask([frame])
+    answer = ask([frame])
     file = tmp_path / "report.dcm"
     write_sr(file, [frame], answer)
-    dump = subprocess.run([_needs("dsrdump"), "+Pl", file], capture_output=True, text=True)
+    dump = subprocess.run([tool("dsrdump"), "+Pl", file], capture_output=True, text=True)
     assert dump.returncode == 0 and "Comprehensive 3D SR Document" in dump.stdout
     assert '(27925004,SCT,"Nodule")' in dump.stdout
     assert "Unverified" in dump.stdout and "Preliminary" in dump.stdout
@@ -141,7 +114,7 @@ def test_the_report_says_who_made_it_and_of_whom(write_source: WriteSource, tmp_
         IssuerOfPatientID="HOSPITAL",
     )
     frame = read_image(path)
-    report = _read(make_sr([frame], _ask([frame]), ResultOptions(question="Where is it?")))
+    report = read(make_sr([frame], ask([frame]), ResultOptions(question="Where is it?")))
     source = pydicom.dcmread(path, stop_before_pixels=True)
     for keyword in (
         *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "IssuerOfPatientID"),
@@ -189,9 +162,9 @@ def test_names_survive_their_character_set(
         "dx", tmp_path / "source.dcm", SpecificCharacterSet=charset, PatientName=name
     )
     frame = read_image(path)
-    answer = _ask([frame])
+    answer = ask([frame])
     for make in (make_sr, make_gsps, make_sc):
-        result = _read(make([frame], answer))
+        result = read(make([frame], answer))
         assert str(result.PatientName) == name
         assert result.SpecificCharacterSet == "ISO_IR 192"
 
@@ -205,15 +178,15 @@ def test_boxes_of_several_images_refer_to_their_own(
     text = (
         "Image 1: mass <box>[[0, 0, 500, 500]]</box> Image 2: nodule <box>[[0, 0, 100, 100]]</box>"
     )
-    answer = _ask(frames, text)
-    report = _read(make_sr(frames, answer))
+    answer = ask(frames, text)
+    report = read(make_sr(frames, answer))
     named = [
         item.ContentSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID
         for item in _items(report)
         if item.ValueType == "SCOORD"
     ]
     assert named == ["1.2.3.1", "1.2.3.2"]
-    state = _read(make_gsps(frames, answer))
+    state = read(make_gsps(frames, answer))
     drawn = [
         (each.ReferencedImageSequence[0].ReferencedSOPInstanceUID, len(each.GraphicObjectSequence))
         for each in state.GraphicAnnotationSequence
@@ -230,10 +203,10 @@ def test_two_frames_of_one_file_and_two_studies_of_one_patient(
 ) -> None:
     path = write_source("mr-frames", tmp_path / "source.dcm")
     frames = [read_image(path, frame=number) for number in (0, 2)]
-    answer = _ask(frames, "Image 2: nodule <box>[[0, 0, 100, 100]]</box>")
+    answer = ask(frames, "Image 2: nodule <box>[[0, 0, 100, 100]]</box>")
     for make in (make_sr, make_gsps):
         assert _errors(make(frames, answer), tmp_path / "result.dcm") == []
-    state = _read(make_gsps(frames, answer))
+    state = read(make_gsps(frames, answer))
     numbers = [
         each.ReferencedImageSequence[0].ReferencedFrameNumber
         for each in state.GraphicAnnotationSequence
@@ -245,8 +218,8 @@ def test_two_frames_of_one_file_and_two_studies_of_one_patient(
         write_source("mr", tmp_path / "b.dcm", StudyInstanceUID="1.2.9", SOPInstanceUID="1.2.10")
     )
     frames = [frames[0], prior]
-    report = _read(make_sr(frames, _ask(frames)))
-    assert _errors(make_sr(frames, _ask(frames)), tmp_path / "result.dcm") == []
+    report = read(make_sr(frames, ask(frames)))
+    assert _errors(make_sr(frames, ask(frames)), tmp_path / "result.dcm") == []
     assert report.PertinentOtherEvidenceSequence[0].StudyInstanceUID == "1.2.9"
     with pytest.raises(ResultError, match="several studies"):
         make_gsps(frames, answer)
@@ -256,20 +229,20 @@ def test_uids_stand_under_the_root_and_repeat_with_the_seed(
     write_source: WriteSource, tmp_path: Path
 ) -> None:
     frame = read_image(write_source("dx", tmp_path / "source.dcm"))
-    answer = _ask([frame])
+    answer = ask([frame])
     root = "1.2.826.0.1.3680043.10.999"
     options = ResultOptions(uid_root=root, seed="queue entry 1")
-    one, two = (_read(make_sr([frame], answer, options)) for _ in range(2))
+    one, two = (read(make_sr([frame], answer, options)) for _ in range(2))
     assert one.SOPInstanceUID == two.SOPInstanceUID
     assert one.SeriesInstanceUID == two.SeriesInstanceUID
     made = [one.SOPInstanceUID, one.SeriesInstanceUID]
     made += [item.UID for item in _items(one) if item.ValueType == "UIDREF"]
     assert all(uid.startswith(f"{root}.") and pydicom.uid.UID(uid).is_valid for uid in made)
     assert len(set(made)) == len(made)
-    fresh = {str(_read(make_sr([frame], answer)).SOPInstanceUID) for _ in range(2)}
+    fresh = {str(read(make_sr([frame], answer)).SOPInstanceUID) for _ in range(2)}
     assert len(fresh) == 2 and all(uid.startswith("2.25.") for uid in fresh)
     kinds = {
-        str(_read(make([frame], answer, options)).SOPInstanceUID) for make in (make_gsps, make_sc)
+        str(read(make([frame], answer, options)).SOPInstanceUID) for make in (make_gsps, make_sc)
     }
     assert len(kinds | {str(one.SOPInstanceUID)}) == 3
 
@@ -279,7 +252,7 @@ def test_what_cannot_be_referred_to_is_refused_in_one_line(
 ) -> None:
     path = tmp_path / "source.dcm"
     frame = read_image(write_source("ct", path))
-    answer = _ask([frame])
+    answer = ask([frame])
     picture = tmp_path / "picture.png"
     Image.fromarray(frame.pixels).save(picture)
     with pytest.raises(ResultError, match="is no DICOM file"):
@@ -319,18 +292,18 @@ def test_retired_classes_and_wrong_identities_are_kept(
         dataset.StudyDate, dataset.PatientSex = "1994.11.05", "male"
         dataset.save_as(path)
     frame = read_image(path)
-    answer = _ask([frame])
+    answer = ask([frame])
     for make in (make_sr, make_gsps, make_sc):
         content = make([frame], answer)
         assert f"{retired}\0".encode() in content
-        result = _read(content)
+        result = read(content)
         with warnings.catch_warnings(action="ignore"):
             assert (result.StudyDate, result.PatientSex) == ("1994.11.05", "male")
 
 
 def test_files_appear_whole_and_replace_nothing(write_source: WriteSource, tmp_path: Path) -> None:
     frame = read_image(write_source("dx", tmp_path / "source.dcm"))
-    answer = _ask([frame])
+    answer = ask([frame])
     folder = tmp_path / "results"
     folder.mkdir()
     places = {kind: folder / f"r.{kind}" for kind in ("sr", "gsps", "sc", "fhir")}

@@ -37,11 +37,7 @@ CODES = {
     ("Patient", "gender"): {"male", "female", "other", "unknown"},
 }
 INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)")
-
-
-@pytest.fixture(autouse=True)
-def _decode_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
+pytestmark = pytest.mark.usefixtures("decode_here")
 
 
 def _bundle(path: Path, text: str, frame: int = 0) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Where results put the boxes and what viewers then show: pixels, checked with DCMTK and Pillow."""
 
-import io
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,43 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from node_bench import tool
 from PIL import Image
+from result_objects import ask, read
 
-from medmo_edge.images import Frame, read_image
-from medmo_edge.runtime.answers import Answer
+from medmo_edge.images import read_image
 from medmo_edge.runtime.results import ResultOptions, make_gsps, make_sc, make_sr
-from medmo_edge.runtime.session import load
 
 pytest.importorskip("highdicom", reason="DICOM results need the dicom extra")
 pydicom = pytest.importorskip("pydicom")
 
 WriteSource = Callable[..., Path]
 GREY_WITH_NAME = ("cr", "dx", "dx1", "ct", "mr", "mr-frames")
-TWO_BOXES = (
-    "The nodule <box>[[100, 200, 300, 400]]</box> lies above an odd looking long shadow "
-    "<box>[[500, 500, 700, 900]]</box>."
-)
-
-
-@pytest.fixture(autouse=True)
-def _decode_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEDMO_EDGE_DICOM_IN_PROCESS", "1")
-
-
-def _needs(tool: str) -> str:
-    found = shutil.which(tool)
-    if found is None:
-        pytest.skip(f"{tool} is not installed")
-    return found
-
-
-def _ask(frames: list[Frame], text: str = TWO_BOXES) -> Answer:
-    with load(f"fake:{text}") as session:
-        return session.ask(frames, "Locate the nodule.")
-
-
-def _read(content: bytes) -> Any:
-    return pydicom.dcmread(io.BytesIO(content))
+pytestmark = pytest.mark.usefixtures("decode_here")
 
 
 def _items(item: Any) -> list[Any]:
@@ -64,8 +38,8 @@ def test_dcmtk_shows_the_presentation_state_as_the_model_saw_it(
     window = (400.0, 700.0) if kind in ("ct", "mr") else None
     frame = read_image(path, frame=number - 1, window=window)
     state, shown = tmp_path / "state.dcm", tmp_path / "shown.pgm"
-    state.write_bytes(make_gsps([frame], _ask([frame])))
-    command: list[str | Path] = [_needs("dcmp2pgm"), "-f", str(number), "-p", state, path, shown]
+    state.write_bytes(make_gsps([frame], ask([frame])))
+    command: list[str | Path] = [tool("dcmp2pgm"), "-f", str(number), "-p", state, path, shown]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with Image.open(shown) as picture:
@@ -76,10 +50,10 @@ def test_dcmtk_shows_the_presentation_state_as_the_model_saw_it(
 
 def test_the_presentation_state_draws_the_boxes(write_source: WriteSource, tmp_path: Path) -> None:
     frame = read_image(write_source("us-frames", tmp_path / "source.dcm"), frame=1)
-    answer = _ask([frame])
+    answer = ask([frame])
     options = ResultOptions(seed="one")
-    state = _read(make_gsps([frame], answer, options))
-    report = _read(make_sr([frame], answer, options))
+    state = read(make_gsps([frame], answer, options))
+    report = read(make_sr([frame], answer, options))
     assert state.SOPClassUID.name == "Color Softcopy Presentation State Storage"
     (annotation,) = state.GraphicAnnotationSequence
     assert annotation.ReferencedImageSequence[0].ReferencedFrameNumber == 2
@@ -97,7 +71,7 @@ def test_the_capture_holds_the_frame_and_its_boxes(
     write_source: WriteSource, tmp_path: Path
 ) -> None:
     frame = read_image(write_source("dx", tmp_path / "source.dcm"))
-    capture = _read(make_sc([frame], _ask([frame], "nodule <box>[[250, 250, 500, 750]]</box>")))
+    capture = read(make_sc([frame], ask([frame], "nodule <box>[[250, 250, 500, 750]]</box>")))
     assert capture.BurnedInAnnotation == "YES" and capture.Modality == "OT"
     assert list(capture.ImageType) == ["DERIVED", "SECONDARY"]
     pixels = capture.pixel_array
@@ -124,8 +98,8 @@ def test_boxes_of_oblong_pixels_are_in_stored_columns_and_rows(
     path = write_source("ct", tmp_path / "source.dcm", PixelAspectRatio=[2, 1], PixelSpacing=None)
     frame = read_image(path)
     assert frame.pixels.shape[:2] == (256, 128)
-    answer = _ask([frame], "nodule <box>[[500, 500, 1000, 1000]]</box>")
-    report, state = _read(make_sr([frame], answer)), _read(make_gsps([frame], answer))
+    answer = ask([frame], "nodule <box>[[500, 500, 1000, 1000]]</box>")
+    report, state = read(make_sr([frame], answer)), read(make_gsps([frame], answer))
     (region,) = [item for item in _items(report) if item.ValueType == "SCOORD"]
     assert list(region.GraphicData) == [64, 64, 128, 64, 128, 128, 64, 128, 64, 64]
     (drawn,) = state.GraphicAnnotationSequence[0].GraphicObjectSequence

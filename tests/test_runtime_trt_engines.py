@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cuda_fake import Error, FakeCuda
-from trt_artifacts import change_manifest, write_scatter
+from trt_artifacts import change_manifest
 from trt_machine import Machine, pretend
 
 from medmo_edge.errors import ArtifactError, BackendUnavailable
@@ -31,21 +31,10 @@ pytest.importorskip("onnx", reason="the fake TensorRT parses with it")
 KEY = "tensorrt-10.16.1-sm89-" + trt_engines.system_name()
 
 
-@pytest.fixture(scope="module")
-def template(
-    tiny_artifacts: Callable[..., Path],
-    tiny_checkpoint: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """A tiny artifact for TensorRT, without engines."""
-    folder = tmp_path_factory.mktemp("template") / "artifact"
-    return write_scatter(tiny_artifacts("onnx-fp32"), tiny_checkpoint, folder)
-
-
 @pytest.fixture
-def artifact(template: Path, tmp_path: Path) -> Path:
+def artifact(tiny_scatter: Path, tmp_path: Path) -> Path:
     """A copy that a test may change."""
-    return Path(shutil.copytree(template, tmp_path / "artifact"))
+    return Path(shutil.copytree(tiny_scatter, tmp_path / "artifact"))
 
 
 @pytest.fixture
