@@ -10,8 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from medmo_edge.errors import ArtifactError, ExportError
+from medmo_edge.staging import staging_folder
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA = 1
@@ -228,20 +227,12 @@ def new_artifact(output: Path) -> Iterator[Path]:
     when ``output`` exists, cannot be made, or the disk is full.
     """
     _refuse_existing(output)
-    staging = output.parent / f".{output.name}.partial-{secrets.token_hex(4)}"
-    made: list[Path] = []
     try:
-        _make_parents(output.parent, made)
-        staging.mkdir()
-        yield staging
-        _publish(staging, output)
-    except BaseException as error:
-        _remove_tree(staging)
-        for folder in made:
-            _remove_empty(folder)
-        if isinstance(error, OSError):
-            raise _write_error(error, output) from error
-        raise
+        with staging_folder(output) as staging:
+            yield staging
+            _publish(staging, output)
+    except OSError as error:
+        raise _write_error(error, output) from error
 
 
 def _publish(staging: Path, output: Path) -> None:
@@ -254,32 +245,6 @@ def _publish(staging: Path, output: Path) -> None:
 def _refuse_existing(output: Path) -> None:
     if os.path.lexists(output):
         raise ExportError(f"{output} exists already: choose another output folder or remove it")
-
-
-def _make_parents(folder: Path, made: list[Path]) -> None:
-    """Make the missing parents; ``made`` lists them innermost first, so a failure can undo them."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    for each in reversed(missing):
-        each.mkdir()
-        made.insert(0, each)
-
-
-def _remove_tree(folder: Path) -> None:
-    """Remove the staging folder; a second, impatient Ctrl-C must not leave gigabytes behind."""
-    while folder.exists():
-        try:
-            shutil.rmtree(folder)
-        except KeyboardInterrupt:
-            continue
-        except OSError:
-            return  # the first error is the one to report
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        pass  # somebody else put something there meanwhile
 
 
 def _write_error(error: OSError, output: Path) -> ExportError:

@@ -21,6 +21,7 @@ from medmo_edge.manifest import Manifest
 from medmo_edge.runtime.device import Device, release_numbers
 from medmo_edge.runtime.trt_fit import Recipe
 from medmo_edge.runtime.trt_library import Library
+from medmo_edge.staging import staging_folder
 
 FOLDER, RECORD = "engines", "engine.json"
 TIMING_CACHE = "timing.cache"
@@ -219,22 +220,15 @@ def new_engine_folder(target: Path) -> Iterator[Path]:
     Otherwise, Ctrl-C included, it is removed and ``target`` stays as it was. Errors: ArtifactError
     when the place cannot be written to.
     """
-    staging = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
-    is_new = not target.parent.exists()
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        _take_place(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
-            _remove_empty(target.parent)
-        if isinstance(error, OSError):
-            raise ArtifactError(
-                f"cannot write engines to {target.parent}: {error.strerror or error}: choose a "
-                f"folder with -o and name it in {VARIABLE}"
-            ) from error
-        raise
+        with staging_folder(target) as staging:
+            yield staging
+            _take_place(staging, target)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write engines to {target.parent}: {error.strerror or error}: choose a "
+            f"folder with -o and name it in {VARIABLE}"
+        ) from error
 
 
 def _take_place(staging: Path, target: Path) -> None:
@@ -246,13 +240,6 @@ def _take_place(staging: Path, target: Path) -> None:
     target.rename(old)
     staging.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        pass  # somebody else put something there meanwhile, or it was never made
 
 
 def kept_timing_cache(folders: Iterable[Path]) -> bytes:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,8 +207,6 @@ def test_nothing_is_left_after_an_error(tmp_path: Path, error: BaseException) ->
 def test_a_second_interrupt_does_not_keep_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     real, calls = shutil.rmtree, []
 
     def interrupted(folder: Path) -> None:
@@ -216,7 +215,7 @@ def test_a_second_interrupt_does_not_keep_the_files(
             raise KeyboardInterrupt
         real(folder)
 
-    monkeypatch.setattr("medmo_edge.manifest.shutil.rmtree", interrupted)
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(KeyboardInterrupt), new_artifact(tmp_path / "a") as staging:
         (staging / "model.gguf").write_bytes(b"half")
         raise KeyboardInterrupt

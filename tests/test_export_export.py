@@ -256,29 +256,50 @@ def _raiser(error: Exception) -> Any:
     return fail
 
 
+SLOW_EXPORT = """
+import sys, time
+from pathlib import Path
+from medmo_edge.export.export import export_checkpoint
+def slow(stage, done, total):
+    print(stage, done, total, flush=True)
+    time.sleep(0.05)
+try:
+    export_checkpoint(sys.argv[1], sys.argv[2], Path(sys.argv[3]), progress=slow)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def _end_in_the_middle(how: signal.Signals, checkpoint: Path, target: str, output: Path) -> int:
+    """Send a real signal to a real process that has written some of the language model."""
+    command = [sys.executable, "-c", SLOW_EXPORT, str(checkpoint), target, str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("language model")
+        assert [name[:11] for name in os.listdir(output.parent)] == [".a.partial-"]
+        process.send_signal(how)
+        process.stdout.read()
+        return process.wait(timeout=60)
+
+
 @pytest.mark.parametrize("target", ["gguf-f16", "gguf-q4_k_m"])
 def test_ctrl_c_in_the_middle_leaves_nothing(
     tiny_checkpoint: Path, tmp_path: Path, target: str
 ) -> None:
-    """A real SIGINT to a real process that has written some of the language model."""
     if target != "gguf-f16":
         pytest.importorskip("llama_cpp")
-    script = (
-        "import sys, time; from pathlib import Path\n"
-        "from medmo_edge.export.export import export_checkpoint\n"
-        "def slow(stage, done, total):\n"
-        "    print(stage, done, total, flush=True); time.sleep(0.05)\n"
-        "try:\n"
-        "    export_checkpoint(sys.argv[1], sys.argv[2], Path(sys.argv[3]), progress=slow)\n"
-        "except KeyboardInterrupt:\n"
-        "    sys.exit(130)\n"
-    )
-    command = [sys.executable, "-c", script, str(tiny_checkpoint), target, str(tmp_path / "a")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("language model")
-        assert [name[:11] for name in os.listdir(tmp_path)] == [".a.partial-"]
-        process.send_signal(signal.SIGINT)
-        process.stdout.read()
-        assert process.wait(timeout=60) == 130
+    output = tmp_path / "a"
+    assert _end_in_the_middle(signal.SIGINT, tiny_checkpoint, target, output) == 130
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    if not Path("/proc/sys/kernel/random/boot_id").exists():
+        pytest.skip("this system does not name its boots")
+    output = tmp_path / "a"
+    ended = _end_in_the_middle(signal.SIGKILL, tiny_checkpoint, "gguf-f16", output)
+    assert ended == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1
+    export_checkpoint(tiny_checkpoint, "gguf-f16", output, golden=False)
+    assert os.listdir(tmp_path) == ["a"]

@@ -1,0 +1,125 @@
+"""Folders that appear whole: filled under a hidden name beside their place, then renamed into it.
+
+A writer that is killed leaves its folder behind; the next one of the same place removes it, but
+only where it is certain that nobody writes there any more: the folder's name says under which boot
+of which machine it was made and by which process, and a lock on it lasts as long as that process.
+What is in the folders, and the renaming, are the writer's business.
+"""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import getLogger
+from pathlib import Path
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@contextmanager
+def staging_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, whose parents are made, for the block to fill and rename.
+
+    What killed writers of ``target`` left is removed before. On any error and on Ctrl-C the folder
+    goes again, and so do the parents. Errors: OSError.
+    """
+    staging = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
+    made: list[Path] = []
+    lock = None
+    try:
+        _make_parents(target.parent, made)
+        _remove_abandoned(target)
+        staging.mkdir()
+        lock, boot = _lock(staging), _boot()
+        if lock is not None and boot:  # by any other name it is nobody's to remove
+            staging = staging.rename(f"{staging}-{boot}-{os.getpid()}")
+        yield staging
+    except BaseException:
+        _remove_tree(staging)
+        for folder in made:
+            _remove_empty(folder)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed writers of ``target`` left; say what may be of one that still runs."""
+    prefix = rf"\.{re.escape(target.name)}\.partial-"
+    for path in target.parent.iterdir():
+        parts = re.fullmatch(rf"{prefix}[0-9a-f]{{8}}(?:-(\w+)-(\d+))?", path.name)
+        if parts is None:
+            continue
+        gone = parts[1] is not None and parts[1] == _boot() and not _runs(int(parts[2]))
+        lock = _lock(path) if gone else None
+        if lock is not None:
+            _remove_tree(path)
+            os.close(lock)
+        if path.exists():
+            getLogger("medmo_edge").warning(
+                "%s is left alone, it may be in use: remove it if nobody writes %s", path, target
+            )
+
+
+def _boot() -> str | None:
+    """What no other machine has, nor this one after a restart; its containers share it."""
+    try:
+        return _BOOT_ID.read_text().replace("-", "")[:12]
+    except OSError:  # no Linux
+        return None
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process; one of another container cannot be seen."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on ``folder``; None where it is taken or there is none."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Make the missing parents; ``made`` lists them innermost first, so a failure can undo them."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir()
+        made.insert(0, each)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder; a second, impatient Ctrl-C must not leave gigabytes behind."""
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except KeyboardInterrupt:
+            continue
+        except OSError:
+            return  # the first error is the one to report
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # somebody else put something there meanwhile
