@@ -32,9 +32,9 @@ def staging_folder(target: Path) -> Iterator[Path]:
         _make_parents(target.parent, made)
         _remove_abandoned(target)
         staging.mkdir()
-        lock, boot = _lock(staging), _boot()
-        if lock is not None and boot:  # by any other name it is nobody's to remove
-            staging = staging.rename(f"{staging}-{boot}-{os.getpid()}")
+        lock, boot, start = _lock(staging), _boot(), _start(os.getpid())
+        if lock is not None and boot and start:  # by any other name it is nobody's to remove
+            staging = staging.rename(f"{staging}-{boot}-{os.getpid()}-{start}")
         yield staging
     except BaseException:
         _remove_tree(staging)
@@ -48,12 +48,13 @@ def staging_folder(target: Path) -> Iterator[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed writers of ``target`` left; say what may be of one that still runs."""
-    prefix = rf"\.{re.escape(target.name)}\.partial-"
+    stem = rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}"
     for path in target.parent.iterdir():
-        parts = re.fullmatch(rf"{prefix}[0-9a-f]{{8}}(?:-(\w+)-(\d+))?", path.name)
+        parts = re.fullmatch(rf"{stem}(?:-(\w+)-(\d+)-(\d+))?", path.name)
         if parts is None:
             continue
-        gone = parts[1] is not None and parts[1] == _boot() and not _runs(int(parts[2]))
+        boot, pid, start = parts.groups()
+        gone = boot is not None and boot == _boot() and _start(pid) != start
         lock = _lock(path) if gone else None
         if lock is not None:
             _remove_tree(path)
@@ -72,15 +73,16 @@ def _boot() -> str | None:
         return None
 
 
-def _runs(pid: int) -> bool:
-    """Whether there is such a process; one of another container cannot be seen."""
+def _start(pid: int | str) -> str | None:
+    """When a process began, in ticks since the boot; None where there is none that can be seen.
+
+    Containers number their processes alike, but no two of one number began in the same tick.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return True
-    return True
+        return None
+    return stat.rpartition(")")[2].split()[19]  # field 22 of proc_pid_stat(5)
 
 
 def _lock(folder: Path) -> int | None:

@@ -67,6 +67,16 @@ def test_what_killed_writers_left_is_removed_by_the_next_one(
 
 
 @needs_boot
+def test_another_process_of_the_same_number_is_not_the_writer(tmp_path: Path) -> None:
+    """As in a container, where the first process is always number one."""
+    folder = killed(tmp_path / "a")
+    stem, boot, _, start = folder.name.rsplit("-", 3)
+    folder.rename(tmp_path / f"{stem}-{boot}-{os.getpid()}-{start}")
+    write(tmp_path / "a")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@needs_boot
 def test_an_error_of_the_next_one_still_removes_what_was_left(tmp_path: Path) -> None:
     killed(tmp_path / "a")
     with pytest.raises(ZeroDivisionError), staging_folder(tmp_path / "a"):
@@ -92,14 +102,15 @@ def test_one_reason_to_doubt_is_enough_to_leave_it(
     doubt: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = killed(tmp_path / "a")
-    stem, boot, pid = folder.name.rsplit("-", 2)
+    stem, boot, pid, start = folder.name.rsplit("-", 3)
     lock = None
     if doubt == "lock":  # as seen from another container: the lock is the machine's, pids are not
         lock = staging._lock(folder)
     elif doubt == "process":
-        folder = folder.rename(tmp_path / f"{stem}-{boot}-{os.getpid()}")
+        own = f"{os.getpid()}-{staging._start(os.getpid())}"
+        folder = folder.rename(tmp_path / f"{stem}-{boot}-{own}")
     elif doubt == "boot":  # another machine, or this one before it was restarted
-        folder = folder.rename(tmp_path / f"{stem}-{'0' * len(boot)}-{pid}")
+        folder = folder.rename(tmp_path / f"{stem}-{'0' * len(boot)}-{pid}-{start}")
     elif doubt == "name":  # where locks cannot be had
         folder = folder.rename(tmp_path / stem)
     else:
@@ -125,7 +136,7 @@ def test_where_no_lock_can_be_had_nothing_is_promised(
 def test_a_link_of_that_name_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").write_bytes(b"")
-    name = f".a.partial-01234567-{staging._boot()}-{2**22 + 1}"  # no process has that number
+    name = f".a.partial-01234567-{staging._boot()}-{2**22 + 1}-1"  # no process has that number
     (tmp_path / name).symlink_to(tmp_path / "theirs")
     write(tmp_path / "a")
     assert (tmp_path / "theirs" / "file").is_file()
