@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from medmo_edge.errors import ArtifactError, ExportError
 from medmo_edge.staging import staging_folder
@@ -37,12 +37,28 @@ class FileRecord(TypedDict):
     role: str
 
 
+class Stamp(NamedTuple):
+    """What tells a file from others of its name, and from itself before it was written to."""
+
+    inode: int
+    size: int
+    modified_ns: int
+    status_ns: int  # moves with a new name, owner, mode or link, too; nobody can set it back
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        """The stamp in the result of a ``stat``."""
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What an artifact is and what it was made from; ``folder`` and ``sha256`` are known once read.
+    """What an artifact is and what it was made from.
 
     ``model`` holds the facts a runtime needs beside the weights (ids, sizes, generation defaults);
     ``weights`` says how the numbers are stored: tensors per type, and which fell back to another.
+    ``folder``, ``sha256`` and ``stamps`` are known once it was read; the stamps of all files, the
+    manifest's own included, are from before their contents were looked at.
     """
 
     schema: int = SCHEMA
@@ -61,6 +77,7 @@ class Manifest:
     intended_use: str = INTENDED_USE
     folder: Path = field(default=Path(), compare=False)
     sha256: str = field(default="", compare=False)
+    stamps: dict[str, Stamp] = field(default_factory=dict, compare=False, repr=False)
 
     def path_of(self, role: str) -> Path:
         """Path of the file with this role. Errors: ArtifactError when there is none."""
@@ -69,9 +86,35 @@ class Manifest:
                 return self.folder / name
         raise ArtifactError(f"{self.folder / MANIFEST_NAME} names no {role!r} file: export again")
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Files that the block reads are those that ``read_manifest`` checked.
+
+        Errors: ArtifactError when not, also in the place of one that may have come of it.
+        """
+        try:
+            yield
+        except ArtifactError:
+            self._require_unchanged()
+            raise
+        self._require_unchanged()
+
+    def _require_unchanged(self) -> None:
+        for name, stamp in self.stamps.items():
+            path = self.folder / name
+            try:
+                found = Stamp.of(os.stat(path))
+            except OSError:
+                found = None
+            if found != stamp:
+                raise ArtifactError(
+                    f"{path} was changed on disk while the artifact was loaded: try again when "
+                    "nobody writes there"
+                )
+
     def moved_to(self, folder: Path) -> "Manifest":
         """The same manifest after its folder was renamed."""
-        return replace(self, folder=folder)
+        return replace(self, folder=folder, stamps={})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without what is only known to the reader."""
@@ -95,7 +138,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "licence": (str,),
     "intended_use": (str,),
 }
-assert set(_TYPES) == {each.name for each in fields(Manifest)} - {"folder", "sha256"}
+assert set(_TYPES) == {each.name for each in fields(Manifest)} - {"folder", "sha256", "stamps"}
 
 
 def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
@@ -105,22 +148,27 @@ def read_manifest(folder: str | Path, *, verify: bool = True) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    content = _manifest_bytes(folder, path)
+    content, stamp = _manifest_bytes(folder, path)
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not JSON ({error}): export again") from error
     _check_values(path, values)
-    known = {name: values[name] for name in _TYPES}
-    manifest = Manifest(**known, folder=folder, sha256=hashlib.sha256(content).hexdigest())
-    for name, record in manifest.files.items():
-        _check_file(folder, name, record, verify=verify)
-    return manifest
+    stamps = {MANIFEST_NAME: stamp}
+    for name, record in values["files"].items():
+        stamps[name] = _check_file(folder, name, record, verify=verify)
+    return Manifest(
+        **{name: values[name] for name in _TYPES},
+        folder=folder,
+        sha256=hashlib.sha256(content).hexdigest(),
+        stamps=stamps,
+    )
 
 
-def _manifest_bytes(folder: Path, path: Path) -> bytes:
+def _manifest_bytes(folder: Path, path: Path) -> tuple[bytes, Stamp]:
     try:
         with path.open("rb") as file:
+            stamp = Stamp.of(os.fstat(file.fileno()))
             content = file.read(_MAX_MANIFEST_BYTES + 1)
     except NotADirectoryError:
         raise ArtifactError(
@@ -138,7 +186,7 @@ def _manifest_bytes(folder: Path, path: Path) -> bytes:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from error
     if len(content) > _MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{path} is larger than {_MAX_MANIFEST_BYTES} bytes: it is no manifest")
-    return content
+    return content, stamp
 
 
 def _check_values(path: Path, values: Any) -> None:
@@ -167,26 +215,27 @@ def _check_record(path: Path, name: str, record: Any) -> None:
         raise ArtifactError(f"{path}: {name!r} is not a plain file name: do not use this artifact")
 
 
-def _check_file(folder: Path, name: str, record: FileRecord, *, verify: bool) -> None:
+def _check_file(folder: Path, name: str, record: FileRecord, *, verify: bool) -> Stamp:
     path = folder / name
     try:
         if path.resolve().parent != folder.resolve():
             raise ArtifactError(f"{path} leads out of its folder: do not use this artifact")
         if not path.is_file():
             raise ArtifactError(f"{path} is missing: copy the artifact again")
-        size = path.stat().st_size
-        if size != record["bytes"]:
+        stamp = Stamp.of(path.stat())
+        if stamp.size != record["bytes"]:
             raise ArtifactError(
-                f"{path} has {size} bytes, its manifest says {record['bytes']}: "
+                f"{path} has {stamp.size} bytes, its manifest says {record['bytes']}: "
                 "copy the artifact again"
             )
         if verify and sha256_file(path) != record["sha256"]:
             raise ArtifactError(
-                f"{path} was changed: {size} bytes as in its manifest, but another sha256; "
+                f"{path} was changed: {stamp.size} bytes as in its manifest, but another sha256; "
                 "copy the artifact again"
             )
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
         raise ArtifactError(f"{path} cannot be read: {error}") from error
+    return stamp
 
 
 def sha256_file(path: Path, count: Count | None = None) -> str:

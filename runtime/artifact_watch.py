@@ -1,4 +1,4 @@
-"""Whether the files behind a loaded artifact are still the files that were loaded.
+"""Whether the files behind a loaded artifact are still the files that were checked.
 
 Weights are mapped, not copied: a file that is overwritten changes a running model, and a file that
 is replaced leaves answers whose provenance names a folder that holds something else now. Looks at
@@ -10,25 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from medmo_edge.manifest import MANIFEST_NAME, Manifest
+from medmo_edge.manifest import Manifest, Stamp
 from medmo_edge.runtime.session import Session
 
 CHANGED = "the artifact was changed on disk while it was served: start the {} again"
 
-Facts = tuple[int, int, int] | None
-
 
 class ArtifactWatch:
-    """Remembers what ``manifests`` look like now; a change is never forgotten. Thread-safe."""
+    """Compares files with what they were when ``manifests`` were read, before they were hashed.
+
+    A change is never forgotten. Thread-safe.
+    """
 
     def __init__(self, manifests: Sequence[Manifest]) -> None:
-        self._paths = [
-            manifest.folder / name
+        self._stamps = {
+            manifest.folder / name: stamp
             for manifest in manifests
-            if manifest.files  # the fake model has none
-            for name in (MANIFEST_NAME, *manifest.files)
-        ]
-        self._seen = self._facts()
+            for name, stamp in manifest.stamps.items()
+        }
         self._changed = False
 
     @classmethod
@@ -39,16 +38,16 @@ class ArtifactWatch:
 
     def changed(self) -> bool:
         """Whether any file was replaced, rewritten or removed since."""
-        self._changed = self._changed or self._facts() != self._seen
+        self._changed = self._changed or any(
+            _differs(path, stamp) for path, stamp in self._stamps.items()
+        )
         return self._changed
 
-    def _facts(self) -> list[Facts]:
-        return [_facts(path) for path in self._paths]
 
-
-def _facts(path: Path) -> Facts:
+def _differs(path: Path, stamp: Stamp) -> bool:
+    """A new link, owner or access time is no change: backups leave them behind."""
     try:
-        found = os.stat(path)
+        found = Stamp.of(os.stat(path))
     except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+        return True
+    return found._replace(status_ns=stamp.status_ns) != stamp

@@ -52,7 +52,15 @@ class Chat:
 
     @classmethod
     def from_artifact(cls, manifest: Manifest) -> "Chat":
-        """Errors: ArtifactError when the manifest, tokenizer or template cannot be used."""
+        """Errors: ArtifactError when the manifest, tokenizer or template cannot be used.
+
+        The last step of loading: also when a file was changed on disk since it was checked.
+        """
+        with manifest.unchanged():
+            return cls._of(manifest)
+
+    @classmethod
+    def _of(cls, manifest: Manifest) -> "Chat":
         model = manifest.model
         try:
             tokenizer = Tokenizer.load(manifest.path_of("tokenizer"))

@@ -213,7 +213,7 @@ def open_best(
             continue
         try:
             manifest = read_manifest(candidate.manifest.folder, verify=verify)
-            backend = open_backend(manifest, device, wanted, options)
+            backend = _open(manifest, device, wanted, options)
         except BackendUnavailable as error:  # a damaged artifact is not passed over in silence
             if alone:
                 raise
@@ -225,6 +225,21 @@ def open_best(
             reason += f"; {tower}" if tower else ""
         return Opened(backend=backend, manifest=manifest, reason=reason)
     raise BackendUnavailable(f"no artifact in {path} can run here", reasons)
+
+
+def _open(
+    manifest: Manifest, device: Device, wanted: str, options: Mapping[str, Any] | None
+) -> Backend:
+    """As ``open_backend``, of files that are still those that were hashed."""
+    backend = None
+    try:
+        with manifest.unchanged():
+            backend = open_backend(manifest, device, wanted, options)
+    except ArtifactError:
+        if backend is not None:
+            backend.close()
+        raise
+    return backend
 
 
 def _with_tower(
@@ -246,7 +261,8 @@ def _with_tower(
     try:
         checked = read_manifest(tower.folder, verify=verify)
         threads = options.get("threads") or default_threads(tower, device)
-        return Combined(backend, checked, threads=threads), f"vision tower of {tower.target}"
+        with checked.unchanged():
+            return Combined(backend, checked, threads=threads), f"vision tower of {tower.target}"
     except BaseException:
         backend.close()
         raise
