@@ -16,13 +16,7 @@ from medmo_edge.dicom_attributes import Rescale, modality_of
 from medmo_edge.dicom_render import is_inverted
 from medmo_edge.errors import ResultError
 from medmo_edge.images import Frame
-from medmo_edge.runtime.results_origin import (
-    MANUFACTURER,
-    NOTICE,
-    SERIES_NUMBERS,
-    Origin,
-    limited,
-)
+from medmo_edge.runtime.results_origin import NOTICE, Origin, limited
 from medmo_edge.runtime.results_source import Reference
 from medmo_edge.runtime.results_sr import corners
 
@@ -48,13 +42,8 @@ def build_gsps(
     state: Dataset = _state_class(references)(
         referenced_images=images,
         series_instance_uid=origin.uid("gsps series", *uids),
-        series_number=SERIES_NUMBERS["gsps"],
         sop_instance_uid=origin.uid("gsps", *uids),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=limited(origin.name, 64),
-        software_versions=limited(origin.version, 64),
-        device_serial_number=origin.weights[:64],
+        **origin.described("gsps"),
         series_description="AI annotations, RESEARCH USE ONLY",
         content_label="AI_FINDINGS",
         content_description=limited(f"{NOTICE}, {origin.version}", 64),

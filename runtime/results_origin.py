@@ -11,6 +11,7 @@ import secrets
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from medmo_edge import __version__
 from medmo_edge.errors import UsageError
@@ -102,6 +103,17 @@ class Origin:
             "question": self.options.question,
         }
         return tuple(f"{name}={value}" for name, value in values.items() if value)
+
+    def described(self, kind: str) -> dict[str, Any]:
+        """What DICOM objects of every ``kind`` say alike, as keywords of highdicom's classes."""
+        return {
+            "series_number": SERIES_NUMBERS[kind],
+            "instance_number": 1,
+            "manufacturer": MANUFACTURER,
+            "manufacturer_model_name": limited(self.name, 64),
+            "software_versions": limited(self.version, 64),
+            "device_serial_number": self.weights[:64],
+        }
 
     def uid(self, *parts: object) -> str:
         """The UID of what ``parts`` name, under the configured root."""

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 from medmo_edge.errors import ResultError
 from medmo_edge.images import Frame
 from medmo_edge.overlay import draw_overlay
-from medmo_edge.runtime.results_origin import (
-    MANUFACTURER,
-    NOTICE,
-    SERIES_NUMBERS,
-    Origin,
-    limited,
-)
+from medmo_edge.runtime.results_origin import NOTICE, Origin, limited
 from medmo_edge.runtime.results_source import Reference
 
 if TYPE_CHECKING:
@@ -54,13 +48,8 @@ def build_sc(
         patient_orientation=("L", "P"),  # replaced below by what the source states
         study_instance_uid=reference.image.StudyInstanceUID,
         series_instance_uid=origin.uid("sc series", reference.uid),
-        series_number=SERIES_NUMBERS["sc"],
         sop_instance_uid=origin.uid("sc", reference.uid, reference.number),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=limited(origin.name, 64),
-        software_versions=limited(origin.version, 64),
-        device_serial_number=origin.weights[:64],
+        **origin.described("sc"),
         series_description="AI overlay, RESEARCH USE ONLY",
         content_date=origin.moment.date(),
         content_time=origin.moment.time(),

@@ -10,13 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 from medmo_edge.boxes import Box
-from medmo_edge.runtime.results_origin import (
-    MANUFACTURER,
-    NOTICE,
-    SERIES_NUMBERS,
-    Origin,
-    limited,
-)
+from medmo_edge.runtime.results_origin import MANUFACTURER, NOTICE, Origin, limited
 from medmo_edge.runtime.results_source import Reference
 
 if TYPE_CHECKING:
@@ -48,13 +42,8 @@ def build_sr(references: tuple[Reference, ...], origin: Origin) -> "Dataset":
         evidence=list(images.values()),
         content=_content(references, origin),
         series_instance_uid=origin.uid("sr series", *uids),
-        series_number=SERIES_NUMBERS["sr"],
         sop_instance_uid=origin.uid("sr", origin.options.plain_sr, *uids),
-        instance_number=1,
-        manufacturer=MANUFACTURER,
-        manufacturer_model_name=limited(origin.name, 64),
-        software_versions=limited(origin.version, 64),
-        device_serial_number=origin.weights[:64],
+        **origin.described("sr"),
         series_description="AI findings, RESEARCH USE ONLY",
         is_complete=True,
         content_date=origin.moment.date(),
