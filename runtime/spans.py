@@ -37,7 +37,7 @@ def text_span(length: int) -> Span:
     """The places of ``length`` tokens of text. Errors: ValueError for none."""
     if not length:
         raise ValueError("decode_tokens needs at least one token")
-    return Span(np.tile(np.arange(length, dtype=np.int64), (3, 1)), length)
+    return Span(np.arange(length, dtype=np.int64)[None].repeat(3, axis=0), length)
 
 
 def image_span(resized_HWC: NDArray[np.uint8], factor: int) -> Span:
