@@ -5,12 +5,14 @@
     python benchmarks/server_load.py --peer build/bin/llama-server --clients 1 --minutes 1
 
 Each client streams, one question after the other, over a new connection each: llama-server closes
-its own after a stream. Half of the questions are about the client's
-one image again and again, half about a new image each. Printed: time to the first text, time to
-the whole answer, answers and pieces of text per second, errors, and the server's memory over time.
-With ``--peer`` the same requests go to llama-server on the same GGUF files, greedily and for the
-same number of tokens; the two take turns in rounds, so that both see the same machine, and the
-other one idles meanwhile. Not measured: answers' contents (benchmarks/greedy_agreement.py).
+its own after a stream. Half of the questions are about the client's one image again and again, half
+about a new image each. Printed: time to the first text, time to the whole answer, answers and
+pieces of text per second, errors, processor time per answer (which other programs on the machine
+disturb least), and the server's memory over time. With ``--peer`` the same requests go to
+llama-server on the same GGUF files, greedily and for the same number of tokens; ``--parallel`` and
+``--slots`` say how many answers each gives at once. The two take turns in rounds, so that both see
+the same machine, and the other one idles meanwhile. Not measured: answers' contents
+(benchmarks/greedy_agreement.py).
 """
 
 import argparse
@@ -54,6 +56,7 @@ class Tally:
     pieces: int = 0
     errors: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    processor: float = 0.0
     memory: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -65,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         artifact = _artifact(arguments.artifact, Path(folder) / "artifact")
         with ExitStack() as stack:
-            servers = {"medmo-edge serve": stack.enter_context(_ours(artifact, arguments.threads))}
+            servers = {"medmo-edge serve": stack.enter_context(_ours(artifact, arguments))}
             if arguments.peer:
                 peer = _peer(arguments.peer, artifact, arguments)
                 servers["llama-server"] = stack.enter_context(peer)
@@ -101,7 +104,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--quick", action="store_true", help="30 seconds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--slots", type=int, default=1, help="answers llama-server batches")
+    parser.add_argument("--parallel", type=int, default=4, help="answers at once of ours")
+    parser.add_argument("--slots", type=int, default=1, help="answers at once of llama-server")
     parser.add_argument("--peer", type=Path, help="a llama-server binary")
     return parser.parse_args()
 
@@ -114,11 +118,12 @@ def _artifact(name: str, folder: Path) -> Path:
 
 
 @contextmanager
-def _ours(artifact: Path, threads: int) -> Iterator[tuple[int, int]]:
-    command = [sys.executable, "-m", "medmo_edge", "serve", str(artifact), "--port"]
+def _ours(artifact: Path, arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     port = _free_port()
+    command = [sys.executable, "-m", "medmo_edge", "serve", str(artifact), "--port", str(port)]
+    command += ["--threads", str(arguments.threads), "--parallel", str(arguments.parallel)]
     environment = {**os.environ, "MEDMO_EDGE_TOKEN": TOKEN}
-    with _running([*command, str(port), "--threads", str(threads)], port, environment) as process:
+    with _running(command, port, environment) as process:
         yield port, process
 
 
@@ -181,13 +186,14 @@ def _measure(
         threading.Thread(target=_client, args=(port, turn * clients + number, end, tally))
         for number in range(clients)
     ]
-    started = time.monotonic()
+    started, used = time.monotonic(), _processor_seconds(process)
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         tally.memory.append(_resident_mb(process))
         threads[0].join(min(5.0, seconds / 10))
     tally.seconds += time.monotonic() - started
+    tally.processor += _processor_seconds(process) - used
 
 
 def _client(port: int, number: int, end: float, tally: Tally) -> None:
@@ -260,11 +266,16 @@ def _resident_mb(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def _processor_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _print(name: str, tally: Tally, clients: int) -> None:
     answers, seconds, memory = _answers(tally), tally.seconds, tally.memory
     print(f"\n{name}: {clients} clients, {seconds:.0f} s, {answers} answers, ", end="")
     print(f"{answers / seconds:.1f} answers/s, {tally.pieces / seconds:.0f} pieces/s, ", end="")
-    print(f"{len(tally.errors)} errors")
+    print(f"{len(tally.errors)} errors, {_per_answer(tally):.1f} ms of processor per answer")
     print("| question | count | first text p50 | p95 | answer p50 | p95 |")
     print("|---|---|---|---|---|---|")
     for kind in KINDS:
@@ -278,6 +289,11 @@ def _print(name: str, tally: Tally, clients: int) -> None:
             statistics.mean(memory[-quarter:]),
         )
         print(f"memory: {early:.1f} MB in the second quarter, {late:.1f} MB in the last")
+
+
+def _per_answer(tally: Tally) -> float:
+    """Milliseconds that the server's process computed for one answer."""
+    return 1000 * tally.processor / max(1, _answers(tally))
 
 
 def _answers(tally: Tally) -> int:
@@ -301,6 +317,7 @@ def _compare(ours: Tally, theirs: Tally) -> None:
         print(f"| {kind} | {first:.2f} | {whole:.2f} |")
     ratio = (_answers(ours) / ours.seconds) / (_answers(theirs) / theirs.seconds)
     print(f"answers per second, ours / llama-server: {ratio:.2f}")
+    print(f"processor time, llama-server / ours: {_per_answer(theirs) / _per_answer(ours):.2f}")
 
 
 if __name__ == "__main__":

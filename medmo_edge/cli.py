@@ -271,6 +271,8 @@ def ask(**options: Any) -> None:
 @click.option("--max-context", type=click.IntRange(1), help="Most tokens of one conversation.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Most tokens of one answer [4096].")
 @click.option("--max-waiting", type=click.IntRange(1), help="Most questions in the queue [32].")
+@click.option("--parallel", type=click.IntRange(1, 64), help="Most answers at once [4].")
+@click.option("--fast", is_flag=True, help="Batch them even where that changes the last bits.")
 @click.option("--max-upload-mb", type=click.IntRange(1), help="Largest upload [1024].")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds [300].")
 @click.option("--keep", type=click.FloatRange(min=0, min_open=True), help="Study minutes [60].")

@@ -16,7 +16,7 @@ Every backend module offers five functions:
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,57 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free the native memory; calling it twice is harmless."""
+
+
+class Lanes(Backend, Protocol):
+    """What a backend may offer beside: several conversations side by side, each in a lane.
+
+    Every method of ``Backend`` means the lane of the last ``select``; a new backend has one, 0.
+    Lanes never change what the others hold. Backends without these methods answer one question
+    after the other.
+    """
+
+    @property
+    def lanes(self) -> int:
+        """Number of lanes there are now."""
+
+    @property
+    def rows(self) -> int:
+        """Most tokens that ``decode_lanes`` evaluates at once."""
+
+    @rows.setter
+    def rows(self, most: int) -> None: ...
+
+    def select(self, lane: int) -> None:
+        """From now on, ``lane`` is meant."""
+
+    def fits(self, lanes: int, cells: int) -> bool:
+        """Whether memory allows for ``lanes`` lanes of ``cells`` tokens each."""
+
+    def hold(self, lanes: int) -> None:
+        """Have exactly ``lanes`` lanes; what is in higher ones is lost.
+
+        Errors: GenerationError when memory does not suffice; then everything is as before.
+        """
+
+    def decode_lanes(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """Append one token to each of several lanes; the logits [V] after it, by lane.
+
+        Errors: GenerationError; then all lanes are as before.
+        """
+
+    def append_encoded(self, resized_HWC: NDArray[np.uint8], rows_NR: NDArray[np.float32]) -> None:
+        """``append_image`` of an image that was encoded before."""
+
+    def encode_aside(
+        self, resized_HWC: NDArray[np.uint8], stop: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        """``encode_image`` from a second thread while other methods run; ``stop`` interrupts it."""
+
+
+def lanes_of(backend: Backend) -> Lanes | None:
+    """``backend`` with its lanes, or None when it has none."""
+    return cast(Lanes, backend) if hasattr(backend, "decode_lanes") else None
 
 
 @dataclass(frozen=True, slots=True)

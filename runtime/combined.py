@@ -5,7 +5,7 @@ same checkpoint, so nothing else changes; but what was certified for one artifac
 cover the pair, and the pair has a name of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ NAME = "llamacpp+ort"
 
 
 class Combined:
-    """llama.cpp with another vision tower; see ``Backend`` for the methods."""
+    """llama.cpp with another vision tower; see ``Backend`` and ``Lanes`` for the methods."""
 
     name = NAME
 
@@ -37,7 +37,8 @@ class Combined:
                 "tower cannot serve this decoder"
             )
         self._decoder: LlamaCpp = decoder
-        self._interrupt = native.Interrupt()
+        self._interrupt = native.Interrupt()  # of the tower
+        self._hook: Callable[[], bool] | None = None
         settings = native.Settings(provider=native.CPU, threads=threads)
         self._tower: Vision | None = Vision(tower, settings, self._interrupt)
         self._factor = Preprocessing.from_dict(tower.preprocessing).factor
@@ -47,9 +48,50 @@ class Combined:
 
     def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See ``Backend``."""
+        return self.encode_aside(resized_HWC, self._hook)
+
+    def encode_aside(
+        self, resized_HWC: NDArray[np.uint8], stop: Callable[[], bool] | None
+    ) -> NDArray[np.float32]:
+        """See ``Lanes``."""
         if self._tower is None:
             return self._decoder.encode_image(resized_HWC)  # says that it is closed
+        self._interrupt.hook = stop
         return self._tower.encode(resized_HWC)
+
+    def append_encoded(self, resized_HWC: NDArray[np.uint8], rows_NR: NDArray[np.float32]) -> None:
+        """See ``Lanes``."""
+        self._decoder.append_encoded(resized_HWC, rows_NR)
+
+    @property
+    def lanes(self) -> int:
+        """See ``Lanes``."""
+        return self._decoder.lanes
+
+    @property
+    def rows(self) -> int:
+        """See ``Lanes``."""
+        return self._decoder.rows
+
+    @rows.setter
+    def rows(self, most: int) -> None:
+        self._decoder.rows = most
+
+    def select(self, lane: int) -> None:
+        """See ``Lanes``."""
+        self._decoder.select(lane)
+
+    def fits(self, lanes: int, cells: int) -> bool:
+        """See ``Lanes``."""
+        return self._decoder.fits(lanes, cells)
+
+    def hold(self, lanes: int) -> None:
+        """See ``Lanes``."""
+        self._decoder.hold(lanes)
+
+    def decode_lanes(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """See ``Lanes``."""
+        return self._decoder.decode_lanes(tokens)
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
@@ -79,7 +121,7 @@ class Combined:
 
     def set_interrupt(self, hook: Callable[[], bool] | None) -> None:
         """See ``Backend``."""
-        self._interrupt.hook = hook
+        self._hook = hook
         self._decoder.set_interrupt(hook)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The token loop: draw, decode, stop; text leaves in pieces that are final when they leave.
 
-It starts from the logits after the prompt and knows neither images nor chats. End-of-text tokens
+It starts from the logits after the prompt and knows neither images nor chats, nor who evaluates the
+tokens that it draws (steps.py). End-of-text tokens
 and stop strings are never emitted, also when a stop string spreads over several tokens. A full
 context ends an answer as its length limit does; a cancelled or late one keeps what was said.
 """
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from medmo_edge.errors import UsageError
 from medmo_edge.runtime.backends import Backend, Interrupted
 from medmo_edge.runtime.sampling import Sampler, Sampling
+from medmo_edge.runtime.steps import Decode, Steps, pieces
 from medmo_edge.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
@@ -153,29 +155,21 @@ def generate(
 
     Errors: GenerationError from the sampler or the backend.
     """
-    decoding = _Decoding(backend, sampler, text, eos_token_ids, options, limits)
-    said: list[str] = []
-    seconds = 0.0
-    while decoding.reason is None:
-        start = time.perf_counter()
-        piece, logits_V = decoding.step(logits_V)
-        seconds += time.perf_counter() - start
-        if piece:
-            said.append(piece)
-            yield piece
-    return Outcome("".join(said), decoding.reason, decoding.num_tokens, seconds)
+    room = backend.max_cells - backend.mark().cells
+    decoding = Decoding(sampler, text, eos_token_ids, options, limits, room)
+    return (yield from pieces(backend, decoding.steps(logits_V)))
 
 
 @dataclass(slots=True)
-class _Decoding:
-    """The state of one token loop."""
+class Decoding:
+    """The state of one token loop; ``room``: tokens that fit into the context after the prompt."""
 
-    backend: Backend
     sampler: Sampler
     text: TextStream
     eos_token_ids: Sequence[int]
     options: GenerationOptions
     limits: Limits
+    room: int
     stops: StopFilter = field(init=False)
     reason: FinishReason | None = None
     num_tokens: int = 0
@@ -183,25 +177,48 @@ class _Decoding:
     def __post_init__(self) -> None:
         self.stops = StopFilter(self.options.stop)
 
-    def step(self, logits_V: NDArray[np.float32]) -> tuple[str, NDArray[np.float32]]:
-        """Draw one token and evaluate it; returns the text that became final, and new logits."""
+    def steps(self, logits_V: NDArray[np.float32]) -> Steps[Outcome]:
+        """The answer from the logits after the prompt to its end. Errors: as ``generate``.
+
+        Text leaves before the token that completed it is evaluated: nothing more can change it.
+        """
+        said: list[str] = []
+        seconds, start = 0.0, time.perf_counter()
+        while True:
+            token, piece = self._draw(logits_V)
+            if piece:
+                said.append(piece)
+                seconds += time.perf_counter() - start
+                yield piece
+                start = time.perf_counter()
+            if self.reason is not None:
+                break
+            try:
+                logits_V = yield Decode(token)
+            except Interrupted:
+                if piece := self._end(self.limits.reached() or "cancelled"):
+                    said.append(piece)
+                    yield piece
+                break
+        seconds += time.perf_counter() - start
+        assert self.reason is not None
+        return Outcome("".join(said), self.reason, self.num_tokens, seconds)
+
+    def _draw(self, logits_V: NDArray[np.float32]) -> tuple[int, str]:
+        """Draw one token; returns it and the text that became final. Sets ``reason`` at the end."""
         token = self.sampler.draw(logits_V)
         if token in self.eos_token_ids:
-            return self._end("stop"), logits_V
+            return token, self._end("stop")
         self.num_tokens += 1
         piece = self.stops.push(self.text.push(token))
         if self.stops.found:
             self.reason = "stop"
-            return piece, logits_V
-        if reason := self._limit():
-            return piece + self._end(reason), logits_V
-        try:
-            return piece, self.backend.decode_tokens([token])
-        except Interrupted:
-            return piece + self._end(self.limits.reached() or "cancelled"), logits_V
+        elif reason := self._limit():
+            piece += self._end(reason)
+        return token, piece
 
     def _limit(self) -> FinishReason | None:
-        full = self.backend.mark().cells >= self.backend.max_cells
+        full = self.num_tokens > self.room  # the last one is never evaluated
         if self.num_tokens == self.options.max_new_tokens or full:
             return self.limits.reached() or "length"
         return self.limits.reached()

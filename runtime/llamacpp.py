@@ -5,26 +5,26 @@ letterbox pictures, round sizes otherwise and limit their tokens, and boxes woul
 not used, even by a library built for them.
 
 Cells and positions are counted apart: an image of n tokens takes n cells of the KV cache but
-advances the position only by the longer side of its token grid.
+advances the position only by the longer side of its token grid. Several conversations can be held
+side by side (llamacpp_lanes.py).
 """
 
-import ctypes
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.errors import ArtifactError, BackendUnavailable, GenerationError
+from medmo_edge.errors import ArtifactError, GenerationError
 from medmo_edge.manifest import Manifest
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.runtime import llamacpp_fit as fit
 from medmo_edge.runtime import llamacpp_native as native
 from medmo_edge.runtime import llamacpp_vision as vision
-from medmo_edge.runtime.backends import START, Interrupted, Mark
+from medmo_edge.runtime.backends import Interrupted, Mark
 from medmo_edge.runtime.device import Device
 from medmo_edge.runtime.gguf_header import (
     LANGUAGE_KEYS,
@@ -32,11 +32,11 @@ from medmo_edge.runtime.gguf_header import (
     VISION_TENSORS,
     check_header,
 )
+from medmo_edge.runtime.llamacpp_context import BATCH, Conversations
+from medmo_edge.runtime.llamacpp_lanes import logits_of, runs
 
 NAME = "llamacpp"
-_BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
 _MAX_IMAGE_TOKENS = 1 << 20
-_SEQUENCE = 0
 _ABORTED = 2  # llama_decode
 
 
@@ -77,26 +77,21 @@ def open(
     return LlamaCpp(manifest, device, threads or fit.default_threads(manifest, device), max_context)
 
 
-class LlamaCpp:
-    """One loaded GGUF pair; see ``Backend`` for the methods."""
+class LlamaCpp(Conversations):
+    """One loaded GGUF pair; see ``Backend`` and ``Lanes`` for the methods."""
 
     name = NAME
 
     def __init__(
         self, manifest: Manifest, device: Device, threads: int, max_context: int | None
     ) -> None:
-        self._library = native.load_library()
-        self._interrupt = native.Interrupt(self._library)
-        self._handles = native.Handles(self._library)
+        super().__init__(manifest, device, threads, max_context)
+        self._sight = native.Interrupt(self._library)  # of the vision tower, maybe in a thread
         self._free = weakref.finalize(self, self._handles.free)
         self.manifest = manifest
-        self._facts = fit.Facts.of(manifest)
-        self._threads = threads
         self._preprocessing = Preprocessing.from_dict(manifest.preprocessing)
-        self._end = START
-        self._capacity = 0
+        self.rows = 1
         self.device = f"cpu ({device.cpu}, {threads} thread{'s' if threads > 1 else ''})"
-        self.max_cells = fit.max_cells(manifest, device, max_context)
         try:
             self._load(device)
         except BaseException:
@@ -121,10 +116,10 @@ class LlamaCpp:
                 model,
                 threads=self._threads,
                 max_tokens=_MAX_IMAGE_TOKENS,
-                interrupt=self._interrupt,
+                interrupt=self._sight,
             )
         self._loaded(self._handles.vision, tower)
-        self._open_context(min(fit.FIRST_CELLS, self.max_cells))
+        self._open_context(1, min(fit.FIRST_CELLS, self.max_cells))
 
     def _loaded(self, handle: int | None, path: Path) -> int:
         if handle is None:
@@ -148,39 +143,9 @@ class LlamaCpp:
                     f"{path} has {what} {value}, the manifest says {expected}: export again"
                 )
 
-    def _open_context(self, cells: int) -> None:
-        model = self._require(self._handles.model)
-        with self._work():
-            self._handles.context = native.open_context(
-                self._library,
-                model,
-                cells=cells,
-                batch=_BATCH,
-                threads=self._threads,
-            )
-        if self._handles.context is None:
-            raise BackendUnavailable(
-                f"llama.cpp cannot hold a context of {cells} tokens in memory"
-                f"{self._library.messages.last()}"
-            )
-        self._capacity = cells
-
     def set_interrupt(self, hook: Callable[[], bool] | None) -> None:
         """See ``Backend``."""
         self._interrupt.hook = hook
-
-    def mark(self) -> Mark:
-        """See ``Backend``."""
-        return self._end
-
-    def rewind(self, mark: Mark) -> None:
-        """See ``Backend``."""
-        memory = self._library.llama.llama_get_memory(self._context())
-        if mark == START:
-            self._library.llama.llama_memory_clear(memory, False)
-        else:
-            self._library.llama.llama_memory_seq_rm(memory, _SEQUENCE, mark.position, -1)
-        self._end = mark
 
     def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:
         """See ``Backend``."""
@@ -188,21 +153,54 @@ class LlamaCpp:
             raise ValueError("decode_tokens needs at least one token")
         self.reserve(len(ids), len(ids))
         start = self._end
-        for first in range(0, len(ids), _BATCH):
-            self._decode_batch(np.array(ids[first : first + _BATCH], dtype=np.int32), start)
-        logits = self._library.llama.llama_get_logits_ith(self._context(), -1)
-        shape = (self._facts.vocab_size,)
-        copy: NDArray[np.float32] = np.ctypeslib.as_array(logits, shape).copy()
-        return copy
+        for first in range(0, len(ids), BATCH):
+            self._decode_batch(np.array(ids[first : first + BATCH], dtype=np.int32), start)
+        return logits_of(self._library, self._context(), -1, self._facts.vocab_size)
 
     def _decode_batch(self, ids: NDArray[np.int32], start: Mark) -> None:
         positions = np.arange(len(ids), dtype=np.int32) + np.int32(self._end.position)
         batch = native.token_batch(self._library, ids, positions)
+        self._sequences.one(batch, self._lane)
         with self._work() if len(ids) > 1 else nullcontext():
             # A single token is soon done: asking for interrupts at every node costs more.
             code = self._library.llama.llama_decode(self._context(), batch)
         self._check(code, start, "text")
         self._end = Mark(self._end.cells + len(ids), self._end.position + len(ids))
+
+    def decode_lanes(self, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """See ``Lanes``."""
+        for lane in tokens:
+            self.select(lane)
+            self.reserve(1, 1)
+        before, found = list(self._ends), dict[int, NDArray[np.float32]]()
+        try:
+            for run in runs(sorted(tokens), self.rows):
+                self._decode_run(run, [tokens[lane] for lane in run])
+                for row, lane in enumerate(run):
+                    vocabulary = self._facts.vocab_size
+                    found[lane] = logits_of(self._library, self._context(), row, vocabulary)
+        except BaseException:
+            for lane in tokens:
+                self.select(lane)
+                self.rewind(before[lane])
+            raise
+        return found
+
+    def _decode_run(self, lanes: list[int], ids: list[int]) -> None:
+        """One token for each of several consecutive lanes."""
+        positions = np.array([self._ends[lane].position for lane in lanes], np.int32)
+        batch = native.token_batch(self._library, np.array(ids, np.int32), positions)
+        self._sequences.each(batch, lanes[0])
+        self._library.messages.clear()
+        code = self._library.llama.llama_decode(self._context(), batch)
+        if code != 0:
+            raise GenerationError(
+                f"llama.cpp could not evaluate {len(lanes)} answers together (code {code})"
+                f"{self._library.messages.last()}"
+            )
+        for lane in lanes:
+            end = self._ends[lane]
+            self._ends[lane] = Mark(end.cells + 1, end.position + 1)
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
@@ -210,15 +208,29 @@ class LlamaCpp:
         self.reserve(height * width, max(height, width))
         self.append_rows(self.encode_image(resized_HWC), height, width)
 
+    def append_encoded(self, resized_HWC: NDArray[np.uint8], rows_NR: NDArray[np.float32]) -> None:
+        """See ``Lanes``."""
+        self.append_rows(rows_NR, *self._token_grid(resized_HWC))
+
     def encode_image(self, resized_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See ``Backend``."""
+        return self.encode_aside(resized_HWC, self._interrupt.hook)
+
+    def encode_aside(
+        self, resized_HWC: NDArray[np.uint8], stop: Callable[[], bool] | None
+    ) -> NDArray[np.float32]:
+        """See ``Lanes``."""
         height, width = self._token_grid(resized_HWC)
         tower = self._require(self._handles.vision)
+        self._sight.hook = stop
         with vision.image_chunk(self._library, tower, resized_HWC, height * width) as chunk:
-            with self._work():
+            with self._sight.native_work():
                 code = self._library.mtmd.mtmd_encode_chunk(tower, chunk)
-                stopped = self._interrupt.wanted()  # a stopped graph still reports success
-        self._check(_ABORTED if stopped else code, self._end, "image")
+                stopped = self._sight.wanted()  # a stopped graph still reports success
+        if stopped:
+            raise Interrupted
+        if code != 0:
+            raise self._failure("image", code)
         row = self._facts.hidden_size * (1 + self._facts.deepstack_levels)
         return vision.output_rows(self._library, tower, (height * width, row))
 
@@ -230,11 +242,12 @@ class LlamaCpp:
         self.reserve(height * width, max(height, width))
         start = self._end
         positions = vision.image_positions(height, width, start.position)
-        for first in range(0, height * width, _BATCH):
-            rows = np.ascontiguousarray(rows_NR[first : first + _BATCH], np.float32)
-            places = np.ascontiguousarray(positions[:, first : first + _BATCH])
+        for first in range(0, height * width, BATCH):
+            rows = np.ascontiguousarray(rows_NR[first : first + BATCH], np.float32)
+            places = np.ascontiguousarray(positions[:, first : first + BATCH])
             silent = np.zeros(len(rows), np.int8)
             batch = vision.row_batch(self._library, rows, places, silent)
+            self._sequences.one(batch, self._lane)
             with self._work():
                 code = self._library.llama.llama_decode(self._context(), batch)
             self._check(code, start, "image")
@@ -251,81 +264,13 @@ class LlamaCpp:
         self.rewind(start)
         if code == _ABORTED:
             raise Interrupted
-        raise GenerationError(
+        raise self._failure(what, code)
+
+    def _failure(self, what: str, code: int) -> GenerationError:
+        return GenerationError(
             f"llama.cpp could not evaluate the {what} (code {code}){self._library.messages.last()}"
         )
-
-    def reserve(self, cells: int, positions: int) -> None:
-        """Make room, by a larger context if needed. Errors: GenerationError when there is none."""
-        needed = self._end.cells + cells
-        if needed > self.max_cells:
-            raise GenerationError(
-                f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or "
-                "fewer images, or a shorter question"
-            )
-        if self._end.position + positions > self._facts.max_positions:
-            raise GenerationError(
-                f"the conversation is longer than the model's {self._facts.max_positions} positions"
-            )
-        if needed > self._capacity:
-            self._grow(needed)
-
-    def _grow(self, needed: int) -> None:
-        cells = self._capacity
-        while cells < needed:
-            cells *= 2
-        end, state, before = self._end, self.save(), self._capacity
-        self._handles.free_context()
-        try:
-            self._open_context(min(cells, self.max_cells))
-        except BackendUnavailable as error:
-            self._open_context(before)
-            raise GenerationError(f"{error}: use smaller or fewer images") from error
-        finally:
-            self.restore(state, end)
-
-    def save(self) -> NDArray[np.uint8]:
-        """See ``Backend``."""
-        llama, context = self._library.llama, self._context()
-        state = np.empty(llama.llama_state_seq_get_size(context, _SEQUENCE), dtype=np.uint8)
-        written = llama.llama_state_seq_get_data(context, _pointer(state), state.size, _SEQUENCE)
-        return state[:written]
-
-    def restore(self, state: NDArray[np.uint8], mark: Mark) -> None:
-        """See ``Backend``."""
-        self.rewind(START)
-        if mark == START:
-            return
-        if mark.cells > self._capacity:
-            self._grow(mark.cells)
-        llama, context = self._library.llama, self._context()
-        if not llama.llama_state_seq_set_data(context, _pointer(state), state.size, _SEQUENCE):
-            self.rewind(START)
-            raise GenerationError(
-                f"a kept study could not be restored{self._library.messages.last()}"
-            )
-        self._end = mark
 
     def close(self) -> None:
         """See ``Backend``."""
         self._free()
-
-    @contextmanager
-    def _work(self) -> Iterator[None]:
-        """Native work that ``set_interrupt`` and signals can stop."""
-        self._library.messages.clear()
-        context = self._handles.context
-        with self._interrupt.native_work(), self._interrupt.of_text(self._library, context):
-            yield
-
-    def _context(self) -> int:
-        return self._require(self._handles.context)
-
-    def _require(self, handle: int | None) -> int:
-        if handle is None:
-            raise GenerationError("the backend is closed: load the artifact again")
-        return handle
-
-
-def _pointer(state: NDArray[np.uint8]) -> Any:
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -49,5 +49,13 @@ def max_cells(manifest: Manifest, device: Device, wanted: int | None) -> int:
     """Tokens of the longest conversation: as asked, else half of the memory left by the weights."""
     if wanted is not None:
         return wanted
-    spare = device.ram_available_bytes - weight_bytes(manifest) - _OVERHEAD_BYTES
-    return model_facts.longest_conversation(spare, cell_bytes(manifest))
+    return model_facts.longest_conversation(_spare_bytes(manifest, device), cell_bytes(manifest))
+
+
+def affordable_cells(manifest: Manifest, device: Device) -> int:
+    """Tokens of all conversations that are held at once: half of the memory left by the weights."""
+    return model_facts.affordable_cells(_spare_bytes(manifest, device), cell_bytes(manifest))
+
+
+def _spare_bytes(manifest: Manifest, device: Device) -> int:
+    return device.ram_available_bytes - weight_bytes(manifest) - _OVERHEAD_BYTES

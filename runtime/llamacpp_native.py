@@ -283,12 +283,16 @@ def open_model(library: Library, path: Path, *, mmap: bool, interrupt: Interrupt
 
 
 def open_context(
-    library: Library, model: int, *, cells: int, batch: int, threads: int
+    library: Library, model: int, *, cells: int, lanes: int, batch: int, threads: int
 ) -> int | None:
-    """A context with an f16 KV cache of ``cells`` tokens; None when memory does not suffice."""
+    """A context with an f16 KV cache of ``cells`` tokens in ``lanes`` equal parts.
+
+    None when memory does not suffice.
+    """
     llama = library.llama
     parameters = llama.llama_context_default_params()
     parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = cells, batch, batch
+    parameters.n_seq_max = lanes
     parameters.n_threads = parameters.n_threads_batch = threads
     parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
     parameters.offload_kqv = parameters.op_offload = False

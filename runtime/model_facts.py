@@ -59,5 +59,9 @@ def memory_obstacle(needed: int, device: Device) -> str | None:
 
 def longest_conversation(spare_bytes: int, cell_bytes: int) -> int:
     """Tokens of the longest conversation: half of the memory that the weights leave."""
-    affordable = int(spare_bytes / 2 / cell_bytes) // _CELL_STEP * _CELL_STEP
-    return max(MIN_CELLS, min(_MAX_CELLS, affordable))
+    return max(MIN_CELLS, min(_MAX_CELLS, affordable_cells(spare_bytes, cell_bytes)))
+
+
+def affordable_cells(spare_bytes: int, cell_bytes: int) -> int:
+    """Tokens that fit into half of the memory that the weights leave; 0 when there is none."""
+    return max(0, int(spare_bytes / 2 / cell_bytes) // _CELL_STEP * _CELL_STEP)

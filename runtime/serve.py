@@ -90,6 +90,7 @@ def run_serve(
     port: int,
     socket: Path | None,
     no_token: bool,
+    fast: bool,
     say: Callable[[str], None],
     **options: Any,
 ) -> None:
@@ -104,7 +105,7 @@ def run_serve(
         if name in given:
             given[field] = given.pop(name) * factor
     address = Address(port=port, path=socket)
-    serve(artifact, address, need_token=not no_token, say=say, **given)
+    serve(artifact, address, need_token=not no_token, say=say, exact=not fast, **given)
 
 
 def _require_libraries() -> None:
@@ -185,6 +186,8 @@ def _why(error: Exception, place: str, option: str) -> str:
 
 def _greeting(address: Address, listener: socket.socket, state: "State", token: str | None) -> str:
     lines = [f"model: {state.model}  backend: {state.session.backend.device}"]
+    if state.parallel > 1:
+        lines.append(f"at once: {state.parallel} answers{_together(state)}")
     if address.path is not None:
         lines.append(f"socket: {address.path}")
         fragment = ""
@@ -200,6 +203,16 @@ def _greeting(address: Address, listener: socket.socket, state: "State", token: 
         lines.append(f"token: as in {TOKEN_VARIABLE}")
     lines.append("Research use only. Not a medical device. Stop with Ctrl-C.")
     return "\n".join(lines)
+
+
+def _together(state: "State") -> str:
+    """How many tokens of different answers are evaluated together, and with which consequence."""
+    rows = state.rows
+    if not state.settings.exact:
+        return f", {rows} tokens together: their last bits may differ from those of one alone"
+    if rows == 1:
+        return ", token by token: together their bits would differ here (--fast does it)"
+    return f", {rows} tokens together, with the same bits as alone"
 
 
 def _run(app: Any, listener: socket.socket, state: "State") -> None:

@@ -2,7 +2,7 @@
 
 Whoever asks waits in line; lines of different clients take turns, so one that sends a hundred
 questions does not starve the others. Time in the queue counts against a question's timeout. Not
-done here: HTTP, batching several answers in one evaluation.
+done here: HTTP, and how several answers run at once (crew.py).
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from medmo_edge.errors import MedmoError
+from medmo_edge.runtime.crew import Crew
 from medmo_edge.runtime.sampling import Choice
 from medmo_edge.runtime.server_metrics import Metrics
 from medmo_edge.runtime.server_problems import Problem, of_error
@@ -114,19 +115,28 @@ class Job:
 
 
 class Engine:
-    """The queue and its thread; ``close`` lets the running answer end."""
+    """The queue and its thread; ``close`` lets the running answers end."""
 
     def __init__(
-        self, metrics: Metrics, *, max_waiting: int, check: Callable[[], None] = lambda: None
+        self,
+        metrics: Metrics,
+        *,
+        max_waiting: int,
+        check: Callable[[], None] = lambda: None,
+        parallel: int = 1,
     ) -> None:
-        """``check``: raises a Problem when no answer may be given, before and after each."""
+        """``check``: raises a Problem when no answer may be given, before and after each.
+
+        ``parallel``: most answers at once, as ``Session.prepare`` gave it.
+        """
         self._metrics = metrics
         self._check = check
         self._max_waiting = max_waiting
+        self._crew = Crew(parallel)
+        self._running: list[Job] = []
         self._lines: OrderedDict[str, deque[Job]] = OrderedDict()
         self._changed = threading.Condition()
         self._closing = False
-        self._running: Job | None = None
         self._thread = threading.Thread(target=self._work, name="medmo-edge-model", daemon=True)
         self._thread.start()
 
@@ -144,20 +154,21 @@ class Engine:
                 raise Problem(429, message, "queue_full", retry_after=1)
             self._lines.setdefault(who, deque()).append(job)
             self._changed.notify()
+        self._crew.wake()
         return job
 
     @property
     def waiting(self) -> int:
-        """Number of questions in line, without the running one."""
+        """Number of questions in line, without the running ones."""
         return sum(len(line) for line in self._lines.values())
 
     @property
     def running(self) -> int:
-        """1 while an answer is written."""
-        return int(self._running is not None)
+        """Number of answers that are being written."""
+        return len(self._running)
 
     def stop(self) -> None:
-        """Take no more questions and send away those in line; the running answer goes on."""
+        """Take no more questions and send away those in line; the running answers go on."""
         with self._changed:
             self._closing = True
             waiting = [job for line in self._lines.values() for job in line]
@@ -171,68 +182,110 @@ class Engine:
         threading.Thread(target=self.stop, daemon=True).start()
 
     def cancel(self) -> None:
-        """End the running answer as if its client had gone."""
-        running = self._running
-        if running is not None:
-            running.cancelled.set()
+        """End the running answers as if their clients had gone."""
+        for job in list(self._running):
+            job.cancelled.set()
 
     def close(self, seconds: float) -> None:
-        """``stop``, wait for the running answer up to ``seconds``, then cancel it."""
+        """``stop``, wait for the running answers up to ``seconds``, then cancel them."""
         self.stop()
         self._thread.join(seconds)
         self.cancel()
         self._thread.join(_GRACE_SECONDS)
 
     def _work(self) -> None:
-        while (job := self._next()) is not None:
-            if not job.cancelled.is_set():
-                self._answer(job)
-            self._running = None
+        while True:
+            while self._crew.has_room and (job := self._next()) is not None:
+                self._begin(job)
+            if not self._running:
+                break
+            self._crew.advance()
+        self._crew.dismiss()
 
     def _next(self) -> Job | None:
-        """The first of the line whose turn it is; that line goes to the end."""
+        """The first of the line whose turn it is; that line goes to the end.
+
+        Waits for one when no answer is running. None: there is none now, or it is time to stop.
+        """
         with self._changed:
-            while not self._lines and not self._closing:
+            while not (self._lines or self._closing or self._running):
                 self._changed.wait()
             if not self._lines:
                 return None
             who, line = self._lines.popitem(last=False)
-            self._running = job = line.popleft()
+            job = line.popleft()
+            self._running.append(job)
             if line:
                 self._lines[who] = line
             return job
 
-    def _answer(self, job: Job) -> None:
+    def _begin(self, job: Job) -> None:
+        """Start the answer of ``job`` unless nobody wants it any more."""
+        reading = _Reading(job, self._metrics, self._check, self._running.remove)
+        if job.cancelled.is_set():
+            self._running.remove(job)
+            return
         try:
             left = job.deadline - time.monotonic()
             if left <= 0:
                 raise _too_late(job.seconds)
             self._check()
-            with job.start(left, job.cancelled) as stream:
-                finished = self._read(job, stream)
-            self._check()
-            job.push(finished)
-        except Problem as problem:
-            job.push(problem)
-        except MedmoError as error:
-            job.push(of_error(error))
+            stream = job.start(left, job.cancelled)
         except Exception as error:
-            self._metrics.bug(error)
-            job.push(Problem(500, "the answer failed: see the server's log", "internal_error"))
+            reading.failed(error)
+        else:
+            reading.choices = stream.choices
+            self._crew.add(stream, reading)
 
-    def _read(self, job: Job, stream: Stream) -> Finished:
-        told = 0  # choices that were handed over
-        for index, piece in enumerate(stream):
-            if index == 0:
-                self._metrics.first_token(time.monotonic() - job.asked_at)
-            choices = tuple(stream.choices[told:])
-            told += len(choices)
-            job.push(Piece(piece, choices))
-        answer = stream.finish()
-        if answer.finish_reason == "timeout" and not answer.text:
-            raise _too_late(job.seconds)
-        self._metrics.answered(answer, time.monotonic() - job.asked_at)
-        return Finished(answer, tuple(stream.choices[told:]))
+
+class _Reading:
+    """Passes what comes of one answer on to its job; see ``crew.Reader``."""
+
+    def __init__(
+        self,
+        job: Job,
+        metrics: Metrics,
+        check: Callable[[], None],
+        over: Callable[[Job], None],
+    ) -> None:
+        self.choices: list[Choice] = []
+        self._told = 0  # of the choices
+        self._begun = False
+        self._job, self._metrics, self._check, self._over = job, metrics, check, over
+
+    def piece(self, text: str) -> None:
+        if not self._begun:
+            self._begun = True
+            self._metrics.first_token(time.monotonic() - self._job.asked_at)
+        self._job.push(Piece(text, self._news()))
+
+    def ended(self, answer: Answer) -> None:
+        try:
+            if answer.finish_reason == "timeout" and not answer.text:
+                raise _too_late(self._job.seconds)
+            self._metrics.answered(answer, time.monotonic() - self._job.asked_at)
+            self._check()
+        except Exception as error:
+            self.failed(error)
+        else:
+            self._over(self._job)
+            self._job.push(Finished(answer, self._news()))
+
+    def failed(self, error: Exception) -> None:
+        self._over(self._job)
+        if isinstance(error, Problem):
+            self._job.push(error)
+        elif isinstance(error, MedmoError):
+            self._job.push(of_error(error))
+        else:
+            self._metrics.bug(error)
+            message = "the answer failed: see the server's log"
+            self._job.push(Problem(500, message, "internal_error"))
+
+    def _news(self) -> tuple[Choice, ...]:
+        new = tuple(self.choices[self._told :])
+        self._told += len(new)
+        return new
 
 
 def _too_late(seconds: float) -> Problem:

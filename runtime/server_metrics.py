@@ -18,7 +18,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 _GAUGES = {
     "questions_waiting": "Questions in the queue",
-    "answers_running": "1 while an answer is written",
+    "answers_running": "Answers that are being written",
     "studies": "Studies kept",
     "study_bytes": "Bytes of uploaded files kept",
 }

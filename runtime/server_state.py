@@ -37,6 +37,8 @@ class Settings:
     max_studies: int = 64
     max_tokens: int = 4096
     max_waiting: int = 32
+    parallel: int = 4
+    exact: bool = True
     timeout_seconds: float = 300.0
     study_seconds: float = 3600.0
     stop_seconds: float = 60.0
@@ -51,11 +53,15 @@ class State:
         self.settings = settings
         self.watch = ArtifactWatch.of(session)
         self._told = False
+        self.parallel, self.rows = session.prepare(settings.parallel, exact=settings.exact)
         self.metrics = Metrics()
         self.spool = Spool()
         self.reader = Reader()
         self.engine = Engine(
-            self.metrics, max_waiting=settings.max_waiting, check=self.require_unchanged
+            self.metrics,
+            max_waiting=settings.max_waiting,
+            check=self.require_unchanged,
+            parallel=self.parallel,
         )
         self.store = Store(
             self.spool,
@@ -85,7 +91,7 @@ class State:
             raise Problem(503, message, "artifact_changed")
 
     def close(self) -> None:
-        """End the running answer within the limit, then delete all files."""
+        """End the running answers within the limit, then delete all files."""
         self.engine.close(self.settings.stop_seconds)
         self.reader.close()
         self.spool.close()

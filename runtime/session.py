@@ -5,10 +5,8 @@ evaluated images, so that its second question costs only its own tokens; questio
 not see each other. Decoding images from files is not done here: ``medmo_edge.read_image`` is.
 """
 
-import threading
 import time
-import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,22 +25,24 @@ from medmo_edge.runtime.chat import Chat, Picture
 from medmo_edge.runtime.choice import Opened, open_best
 from medmo_edge.runtime.constrain import Grammars
 from medmo_edge.runtime.device import Device, probe
+from medmo_edge.runtime.exactness import exact_rows
 from medmo_edge.runtime.generate import (
+    Decoding,
     GenerationOptions,
     Limits,
     Outcome,
     changed_options,
-    generate,
 )
 from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
 from medmo_edge.runtime.sampling import Choice, Sampler
+from medmo_edge.runtime.stage import Part, Stage
+from medmo_edge.runtime.steps import Pause, Steps
 from medmo_edge.runtime.streams import Stream
 from medmo_edge.tokenizer import Tokenizer
 
 __all__ = ["Answer", "GenerationOptions", "Session", "Stream", "Study", "load"]
 
 _SMALLEST_BUDGET_BYTES = 256 << 20
-_WAIT_SECONDS = 0.05  # between two looks at a waiting question's limits
 
 
 def load(
@@ -175,7 +175,7 @@ class Study:
     def close(self) -> None:
         """Free what is kept of the images; harmless when called again."""
         self._closed = True
-        self._session._prefixes.forget(self._owner)
+        self._session._stage.prefixes.forget(self._owner)
 
     def _answer(self, outcome: Outcome, cost: Cost, prompt_tokens: int) -> Answer:
         session = self._session
@@ -198,7 +198,7 @@ class Study:
                 reused_tokens=cost.reused_tokens,
             ),
             provenance=provenance_of(
-                session._backend, session.manifest, self._sources, session.chosen
+                session.backend, session.manifest, self._sources, session.chosen
             ),
         )
 
@@ -227,6 +227,9 @@ class _Asked:
     def num_tokens(self) -> int:
         return len(self.prefix.ids) + len(self.rest)
 
+    def answer(self, outcome: Outcome, cost: Cost) -> Answer:
+        return self.study._answer(outcome, cost, self.num_tokens)
+
 
 class Session:
     """One loaded artifact; use it as a context manager, or call ``close``. Thread-safe."""
@@ -245,19 +248,27 @@ class Session:
         self.load_seconds = load_seconds
         #: why this artifact and backend were taken
         self.chosen = chosen
-        self._backend = backend
         self._chat = chat
+        self._stage = Stage(backend, budget_bytes)
         #: what compiles JSON schemas for this model's tokenizer
         self.grammars = Grammars(chat.tokenizer, chat.eos_token_ids)
-        self._prefixes = PrefixCache(backend, budget_bytes)
-        self._turn = threading.Lock()
-        self._holder: tuple[int, weakref.ref[Stream]] | None = None
-        self._closed = False
 
     @property
     def backend(self) -> Backend:
         """What computes the answers; its ``name`` and ``device`` are for reports."""
-        return self._backend
+        return self._stage.backend
+
+    @property
+    def _backend(self) -> Backend:
+        return self._stage.backend
+
+    @_backend.setter
+    def _backend(self, backend: Backend) -> None:
+        self._stage.backend = backend
+
+    @property
+    def _prefixes(self) -> PrefixCache:
+        return self._stage.prefixes
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -270,7 +281,7 @@ class Session:
         ``image_texts``: a text before each image, such as "<image_1>: ", or none.
         Errors: ImageError when an image's shape cannot be shown to the model.
         """
-        self._require_open()
+        self._stage.require_open()
         frames = [images] if isinstance(images, Frame) else list(images)
         return Study(self, frames, image_texts)
 
@@ -291,92 +302,66 @@ class Session:
         """Ask for a description."""
         return self.ask(images, TASK_PROMPTS["caption"], **options)
 
+    def prepare(self, parallel: int, *, exact: bool = True) -> tuple[int, int]:
+        """Get ready for a crew of ``parallel`` answers at once.
+
+        Returns how many this backend can give, and how many of their tokens it evaluates together.
+
+        ``exact``: evaluate tokens of several answers together only as far as that changes no bit
+        of any of them, which is measured now. The session must not be answering.
+        """
+        lanes = self._stage.lanes
+        if lanes is None or parallel == 1:
+            return 1, 1
+        trial = next(count for count in range(parallel, 0, -1) if lanes.fits(count, 1))
+        lanes.rows = exact_rows(lanes, trial, self.tokenizer.length) if exact else parallel
+        return parallel, lanes.rows
+
     def close(self) -> None:
         """Cancel the running answer and free the model's memory; harmless when called again."""
-        self._closed = True
-        holder = self._holder
-        running = holder[1]() if holder is not None else None
-        if running is not None:
-            running.close()
-        with self._turn:
-            self._backend.close()
+        self._stage.close()
 
     def _stream(self, asked: _Asked) -> Stream:
-        self._require_open()
-        total = asked.num_tokens
-        if total >= self._backend.max_cells:
+        self._stage.require_open()
+        total, most = asked.num_tokens, self.backend.max_cells
+        if total >= most:
             raise GenerationError(
-                f"the prompt has {total} tokens, the context holds {self._backend.max_cells}: use "
+                f"the prompt has {total} tokens, the context holds {most}: use "
                 "smaller or fewer images, or a larger max_context"
             )
         stream = Stream(asked.limits)
-        stream._pieces = self._run(weakref.ref(stream), asked, stream.choices)
-        return stream
-
-    def _run(
-        self, stream: weakref.ref[Stream], asked: _Asked, choices: list[Choice]
-    ) -> Generator[str, None, Answer]:
-        """The life of one answer, from waiting for the turn to the boxes."""
-        cost = Cost()
-        if not self._take_turn(stream, asked.limits):
-            return asked.study._answer(_nothing(asked.limits), cost, asked.num_tokens)
-        try:
-            self._require_open()
-            self._backend.set_interrupt(asked.limits.interrupt)
-            outcome = yield from self._generate(asked, choices, cost)
-        finally:
-            self._backend.set_interrupt(None)
-            self._holder = None
-            self._turn.release()
-        return asked.study._answer(outcome, cost, asked.num_tokens)
-
-    def _generate(
-        self, asked: _Asked, choices: list[Choice], cost: Cost
-    ) -> Generator[str, None, Outcome]:
-        tokenizer, schema = self._chat.tokenizer, asked.options.json_schema
-        constraint = None if schema is None else self.grammars.start(schema)
-        try:
-            self._prefixes.bring(asked.prefix, cost)
-            start = time.perf_counter()
-            logits = self._backend.decode_tokens(asked.rest)
-            cost.text_seconds += time.perf_counter() - start
-        except Interrupted:
-            return _nothing(asked.limits)
-        prompt_ids = asked.prefix.ids + asked.rest
-        sampler = Sampler(asked.options, tokenizer.length, prompt_ids, constraint, choices)
-        eos = self._chat.eos_token_ids
-        return (
-            yield from generate(
-                self._backend,
-                logits,
-                sampler,
-                tokenizer.stream(),
-                eos,
-                asked.options,
-                asked.limits,
+        cost, choices = Cost(), stream.choices
+        return stream.plays(
+            Part(
+                stage=self._stage,
+                prefix=asked.prefix,
+                limits=asked.limits,
+                cells=min(total + asked.options.max_new_tokens, most),
+                begin=lambda lane: self._steps(asked, choices, cost, lane),
+                nothing=lambda: asked.answer(_nothing(asked.limits), cost),
             )
         )
 
-    def _take_turn(self, stream: weakref.ref[Stream], limits: Limits) -> bool:
-        """Wait until no other answer runs; False when the limits were reached first."""
-        self._end_own_stream()
-        while not self._turn.acquire(timeout=_WAIT_SECONDS):
-            if limits.reached():
-                return False
-        self._holder = threading.get_ident(), stream
-        return True
-
-    def _end_own_stream(self) -> None:
-        """Close this thread's unfinished stream, which would otherwise be waited for forever."""
-        holder = self._holder
-        if holder is not None and holder[0] == threading.get_ident():
-            running = holder[1]()
-            if running is not None:
-                running.close()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise GenerationError("the session is closed: load the artifact again")
+    def _steps(self, asked: _Asked, choices: list[Choice], cost: Cost, lane: int) -> Steps[Answer]:
+        """One answer from its prompt to its boxes. Errors: as ``Study.ask``."""
+        tokenizer, schema = self._chat.tokenizer, asked.options.json_schema
+        constraint = None if schema is None else self.grammars.start(schema)
+        prefixes = self._stage.prefixes
+        try:
+            yield from prefixes.steps(asked.prefix, cost, lane)
+            yield Pause.PROMPT
+            start = time.perf_counter()
+            prefixes.select(lane)
+            logits = self.backend.decode_tokens(asked.rest)
+            cost.text_seconds += time.perf_counter() - start
+        except Interrupted:
+            return asked.answer(_nothing(asked.limits), cost)
+        prompt_ids = asked.prefix.ids + asked.rest
+        sampler = Sampler(asked.options, tokenizer.length, prompt_ids, constraint, choices)
+        room = self.backend.max_cells - asked.num_tokens
+        eos, text = self._chat.eos_token_ids, tokenizer.stream()
+        decoding = Decoding(sampler, text, eos, asked.options, asked.limits, room)
+        return asked.answer((yield from decoding.steps(logits)), cost)
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,6 @@
 """A running answer as an iterator of text pieces. It neither waits for turns nor evaluates."""
 
+import weakref
 from collections.abc import Generator, Iterator
 from typing import Self
 
@@ -7,6 +8,7 @@ from medmo_edge.errors import GenerationError
 from medmo_edge.runtime.answers import Answer
 from medmo_edge.runtime.generate import Limits
 from medmo_edge.runtime.sampling import Choice
+from medmo_edge.runtime.stage import Part
 
 
 class Stream(Iterator[str]):
@@ -23,7 +25,20 @@ class Stream(Iterator[str]):
     def __init__(self, limits: Limits) -> None:
         self.choices: list[Choice] = []
         self._limits = limits
+        self._part: Part | None = None
         self._pieces: Generator[str, None, Answer] | None = None
+
+    def plays(self, part: Part) -> Self:
+        """Give it its part: the answer runs alone unless a crew takes the part first."""
+        self._part = part
+        self._pieces = part.stage.alone(part, weakref.ref(self))
+        return self
+
+    def hand_over(self) -> Part:
+        """The part, for a crew to perform instead; nothing must have been taken yet."""
+        part, self._part, self._pieces = self._part, None, None
+        assert part is not None
+        return part
 
     def __next__(self) -> str:
         if self._pieces is None:

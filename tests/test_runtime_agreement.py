@@ -73,7 +73,7 @@ def fresh_logits(session: Session) -> Callable[[Study, str], NDArray[np.float32]
     def compute(study: Study, question: str) -> NDArray[np.float32]:
         ids, rest = session._chat.prompt(question, study._pictures)
         prefix = Prefix(ids, session._chat.segments(ids, study._pictures))
-        session._prefixes._resident = None
+        session._prefixes._residents.clear()
         PrefixCache(session._backend, 0).bring(prefix, Cost())
         return session._backend.decode_tokens(rest)
 

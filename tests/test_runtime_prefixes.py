@@ -117,7 +117,7 @@ def test_a_forgotten_owner_keeps_nothing() -> None:
     cache.bring(Prefix([], [[1], PICTURES[1]], other), Cost())
     cache.forget(owner)
     cache.forget(other)
-    assert cache._parked == [] and cache._resident is None
+    assert cache._parked == [] and cache._residents == {}
     cost = Cost()
     cache.bring(Prefix([], [[1], PICTURES[0]], owner), cost)
     assert cost.reused_tokens == 0 and backend.held == _expected([[1], PICTURES[0]])
