@@ -17,8 +17,9 @@ _STEPS = 3
 def exact_rows(lanes: Lanes, most: int, vocabulary: int) -> int:
     """The largest number of rows, up to ``most``, up to which all logits equal those of one row.
 
-    The backend must be empty, and is afterwards. Errors: as the backend's.
+    Whatever the lanes hold is lost. Errors: as the backend's.
     """
+    _clear(lanes)
     random = np.random.default_rng(0)
     prompts = random.integers(0, vocabulary, (most, _PROMPT_TOKENS)).tolist()
     said = random.integers(0, vocabulary, (most, _STEPS)).tolist()
@@ -32,11 +33,14 @@ def exact_rows(lanes: Lanes, most: int, vocabulary: int) -> int:
         return most
     finally:
         lanes.rows = 1
-        for lane in range(lanes.lanes):
-            lanes.select(lane)
-            lanes.rewind(START)
-        lanes.select(0)
+        _clear(lanes)
         lanes.hold(1)
+
+
+def _clear(lanes: Lanes) -> None:
+    for lane in range(lanes.lanes - 1, -1, -1):
+        lanes.select(lane)
+        lanes.rewind(START)
 
 
 def _alone(

@@ -313,6 +313,7 @@ class Session:
         lanes = self._stage.lanes
         if lanes is None or parallel == 1:
             return 1, 1
+        self._stage.prefixes.keep_lanes(0)  # the trial needs the backend for itself
         trial = next(count for count in range(parallel, 0, -1) if lanes.fits(count, 1))
         lanes.rows = exact_rows(lanes, trial, self.tokenizer.length) if exact else parallel
         return parallel, lanes.rows

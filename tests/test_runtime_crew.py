@@ -351,7 +351,10 @@ def test_preparing_measures_how_many_rows_are_exact() -> None:
     assert session().prepare(8) == (8, 3)
     assert session().prepare(2) == (2, 2)
     assert session().prepare(8, exact=False) == (8, 8)
-    prepared = session()
-    prepared.prepare(8)
-    assert prepared.backend.mark().cells == 0
-    assert prepared.ask([], "Is it?").text == _alone("Is it?", ())
+    used = session()
+    with used.study(grey_frame(1)) as study:
+        study.ask("Is it?")
+        assert used.prepare(8) == (8, 3)
+        assert used.backend.mark().cells == 0
+        again = study.ask("Where is it?")
+        assert again.text == _alone("Where is it?", (1,)) and again.timings.reused_tokens > 0
