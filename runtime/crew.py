@@ -25,6 +25,7 @@ from medmo_edge.runtime.steps import Decode, Encode, Pause, Step, Steps
 from medmo_edge.runtime.streams import Stream
 
 _PROMPT_SECONDS = 0.05  # after which prompts wait for the next token of the running answers
+_BRISK_SECONDS = 0.05  # what takes less is not worth interrupting
 _WAIT_SECONDS = 0.05  # between two looks at the limits of answers that wait for an image
 
 
@@ -49,7 +50,7 @@ class _Seat:
     part: Part
     reader: Reader
     steps: Steps[Answer]
-    step: Step = Pause.PROMPT
+    step: Step | None = None  # before its first
     image: "Future[NDArray[np.float32]] | None" = field(default=None)
 
 
@@ -62,6 +63,7 @@ class Crew:
         self._waiting: tuple[Part, Reader] | None = None  # the next one, while there is no room
         self._refused = False  # it did not fit: no use to try before somebody leaves
         self._seats: list[_Seat] = []
+        self._longest: float | None = None  # seconds that a piece of a prompt took
         self._stage: Stage | None = None  # while the turn is ours
         self._awake = threading.Event()
         self._images = ThreadPoolExecutor(1, "medmo-edge-images")
@@ -190,12 +192,16 @@ class Crew:
         """A piece of each prompt, until the running answers have waited long enough."""
         moved, started = False, time.monotonic()
         for seat in list(self._seats):
-            if isinstance(seat.step, Pause):
-                if moved and time.monotonic() - started > _PROMPT_SECONDS:
-                    break
-                before = seat.step
-                self._resume(seat)
-                moved |= seat.step is not before or before is Pause.PROMPT
+            if seat.step is not None and not isinstance(seat.step, Pause):
+                continue
+            if moved and time.monotonic() - started > _PROMPT_SECONDS:
+                break
+            before, start = seat.step, time.monotonic()
+            late = before is not None and seat.part.limits.reached()
+            self._resume(seat, error=Interrupted() if late else None)
+            if before is Pause.PROMPT:
+                self._longest = max(self._longest or 0.0, time.monotonic() - start)
+            moved |= seat.step is not before or before is not Pause.SHARED
         return moved
 
     def _evaluate_tokens(self) -> bool:
@@ -241,7 +247,8 @@ class Crew:
         """Give ``seat`` what it waited for, and take its text until it wants something again."""
         assert self._stage is not None
         backend = self._stage.backend
-        backend.set_interrupt(seat.part.limits.interrupt)
+        if self._longest is None or self._longest > _BRISK_SECONDS or self._size == 1:
+            backend.set_interrupt(seat.part.limits.interrupt)
         try:
             step = seat.steps.send(given) if error is None else seat.steps.throw(error)
             while isinstance(step, str):

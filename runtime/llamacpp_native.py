@@ -197,8 +197,12 @@ class Interrupt:
 
     @contextmanager
     def of_text(self, library: Library, context: int | None) -> Iterator[None]:
-        """Let ``llama_decode`` of this context ask before every operation."""
-        if context is None:
+        """Let ``llama_decode`` of this context ask before every operation, if anybody may say no.
+
+        Every question waits for the interpreter's lock.
+        """
+        silent = self.hook is None and threading.current_thread() is not threading.main_thread()
+        if context is None or silent:
             yield
             return
         library.llama.llama_set_abort_callback(context, self._abort_callback, None)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TOKEN_VARIABLE = "MEDMO_EDGE_TOKEN"
 MIN_TOKEN = 16
 HOST = "127.0.0.1"
+_SWITCH_SECONDS = 0.0005  # how long the model's thread waits while another computes in Python
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +243,7 @@ def _run(app: Any, listener: socket.socket, state: "State") -> None:
             self.should_exit = True
             state.engine.stop_soon()
 
+    sys.setswitchinterval(_SWITCH_SECONDS)
     _log_to_stderr()
     silence_libraries(state.metrics.lost)
     config = uvicorn.Config(

@@ -20,7 +20,7 @@ from medmo_edge.runtime.generate import GenerationOptions
 from medmo_edge.runtime.sampling import Choice
 from medmo_edge.runtime.server_answers import facts
 from medmo_edge.runtime.server_bodies import options_of, read_json
-from medmo_edge.runtime.server_engine import Finished, Job, Piece
+from medmo_edge.runtime.server_engine import Finished, Job
 from medmo_edge.runtime.server_problems import Problem, bad_request, of_error
 from medmo_edge.runtime.server_state import State, state_of
 from medmo_edge.runtime.server_stream import cancelled_with, event, event_stream
@@ -211,11 +211,13 @@ def usage(answer: Answer) -> dict[str, Any]:
 
 
 async def _events(reply: _Reply, job: Job) -> AsyncIterator[bytes]:
-    yield reply.chunk({"role": "assistant", "content": ""})
-    async for item in job.items():
-        if isinstance(item, Piece):
-            yield reply.chunk({"content": item.text}, item.choices)
-        elif isinstance(item, Finished):
-            yield reply.end(item)
-        else:
-            yield b": waiting\n\n"
+    head = reply.chunk({"role": "assistant", "content": ""})
+    async for batch in job.batches():
+        events = [
+            reply.end(item)
+            if isinstance(item, Finished)
+            else reply.chunk({"content": item.text}, item.choices)
+            for item in batch
+        ]
+        yield head + (b"".join(events) or b": waiting\n\n")
+        head = b""

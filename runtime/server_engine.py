@@ -77,20 +77,27 @@ class Job:
         if self._items and isinstance(self._items[0], Problem):
             raise self._items[0]
 
-    async def items(self) -> AsyncIterator[Piece | Finished | None]:
-        """Pieces, then the end; None whenever nothing came for a heartbeat. Errors: Problem."""
+    async def batches(self) -> AsyncIterator[list[Piece | Finished]]:
+        """All that is there, again and again to the end; empty when nothing came for a heartbeat.
+
+        Errors: Problem.
+        """
         while True:
             self._ready.clear()
             self._woken = False
-            while self._items:
+            batch: list[Piece | Finished] = []
+            while self._items and not isinstance(self._items[0], Problem):
                 item = self._items.popleft()
-                if isinstance(item, Problem):
-                    raise item
-                yield item
-                if isinstance(item, Finished):
+                assert not isinstance(item, Problem)
+                batch.append(item)
+            if batch:
+                yield batch
+                if isinstance(batch[-1], Finished):
                     return
-            if not await self._news():
-                yield None
+            if self._items and isinstance(problem := self._items[0], Problem):
+                raise problem
+            if not self._items and not await self._news():
+                yield []
 
     async def _news(self) -> bool:
         """Wait for a wake-up: False when there was none. Errors: Problem after the deadline."""
@@ -107,10 +114,11 @@ class Job:
     async def finish(self) -> tuple[Answer, list[Choice]]:
         """The whole answer. Errors: Problem."""
         choices: list[Choice] = []
-        async for item in self.items():
-            choices += item.choices if item is not None else ()
-            if isinstance(item, Finished):
-                return item.answer, choices
+        async for batch in self.batches():
+            for item in batch:
+                choices += item.choices
+                if isinstance(item, Finished):
+                    return item.answer, choices
         raise AssertionError("a job ends with Finished or a Problem")
 
 

@@ -28,7 +28,7 @@ from medmo_edge.prompts import TASK_PROMPTS, locate_prompt
 from medmo_edge.runtime import results
 from medmo_edge.runtime.server_answers import facts, without_path
 from medmo_edge.runtime.server_bodies import options_of, read_json
-from medmo_edge.runtime.server_engine import Finished, Job, Piece
+from medmo_edge.runtime.server_engine import Finished, Job
 from medmo_edge.runtime.server_problems import Problem, bad_request, not_found, of_error
 from medmo_edge.runtime.server_state import State, state_of
 from medmo_edge.runtime.server_store import Entry, Kept, View
@@ -189,12 +189,13 @@ async def _prepare(state: State, entry: Entry, body: AskRequest) -> _Asked:
 
 
 async def _events(asked: _Asked) -> AsyncIterator[bytes]:
-    async for item in asked.job.items():
-        if isinstance(item, Piece):
-            yield event({"type": "text", "text": item.text})
-        elif isinstance(item, Finished):
-            yield event({"type": "answer", "answer": asked.finished(item.answer)})
-        else:
+    async for batch in asked.job.batches():
+        for item in batch:
+            if isinstance(item, Finished):
+                yield event({"type": "answer", "answer": asked.finished(item.answer)})
+            else:
+                yield event({"type": "text", "text": item.text})
+        if not batch:
             yield event({"type": "waiting"})
 
 

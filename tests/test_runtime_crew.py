@@ -235,6 +235,29 @@ def test_a_queued_image_is_given_up_at_once() -> None:
     crew.dismiss()
 
 
+def test_whoever_leaves_during_the_prompt_has_said_nothing() -> None:
+    backend = LanesFake()
+    backend.look_seconds = 0.2
+    session = session_on(backend)
+    crew, events, heard = Crew(SIZE), [threading.Event() for _ in range(3)], list[Heard]()
+    study = session.study(grey_frame(1))
+    for event in events:  # one looks, two wait for the same picture
+        heard.append(Heard())
+        crew.add(study.stream("Is it?", cancel=event), heard[-1])
+        crew.advance()
+    events[1].set()
+    _finish(crew, heard[1])
+    assert not heard[0].over and not heard[2].over
+    events[2].set()
+    backend.look_seconds = 0
+    _finish(crew, *heard)
+    for number in (1, 2):
+        answer = heard[number].answer
+        assert answer is not None and (answer.text, answer.finish_reason) == ("", "cancelled")
+    assert heard[0].answer is not None and heard[0].answer.text == _alone("Is it?", (1,))
+    crew.dismiss()
+
+
 def test_what_does_not_fit_beside_the_others_waits_and_is_not_overtaken() -> None:
     backend = LanesFake(total=1000)
     session = session_on(backend)
