@@ -27,22 +27,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from rl_questions import Asked, HeldOut, brief, draw, render
+from rl_questions import HeldOut, brief, render
 
 from medmo_edge.boxes import parse_boxes
 from medmo_edge.evaluation.scores import answer_score, match_image
+from medmo_edge.train.asked import Asked, Shares, draw
 from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
-from medmo_edge.train.grpo_learner import Learner, Question, guided_question
-from medmo_edge.train.packing import Chat, encode_sample
-from medmo_edge.train.rewards import case_of
+from medmo_edge.train.grpo_learner import Learner, Question, decoding_of
+from medmo_edge.train.reinforcement import Groups, Objective
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
-from medmo_edge.train.stages import Objective
+from medmo_edge.train.scene_stages import Asking
 
 BOX_TOKENS = 48
+SHARES = Shares(blood=0.5, located=0.8, present=0.1)
 #: the overlap that is measured in the end, the number of boxes, their form, and words
 REWARDS = {"iou": 0.8, "count": 0.1, "format": 0.1, "yes_no": 1.0, "number": 1.0}
 SAVE_EVERY = 20  # steps
@@ -120,7 +122,7 @@ class Run:
         set_trainable(self.base, ("vision", "merger", "language"))
         self.model: Any = self.base.model
         use_products(self.model)
-        self.chat = Chat(tokenizer=self.base.tokenizer, template=self.base.template)
+        self.asking = Asking(chat=self.base.chat, limits=self.base.limits, coords=self.base.coords)
         self.smears = read_blood(data, "train")
         self.held_out = HeldOut(read_blood(data, "val"), folder.parent / "phantoms.npz")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -180,7 +182,8 @@ class Run:
         rate = settings.final + (1 - settings.final) * wave
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate * min(1.0, (self.step + 1) / 10)
-        drawn = [draw(self.smears, settings.seed, self.step, i) for i in range(settings.prompts)]
+        seeds = [[settings.seed, self.step, place] for place in range(settings.prompts)]
+        drawn = [draw(self.smears, SHARES, np.random.default_rng(seed)) for seed in seeds]
         if settings.kind == "control":
             return self._supervised(drawn)
         low, high = settings.threshold
@@ -190,9 +193,7 @@ class Run:
 
     def question(self, asked: Asked) -> Question:
         """Prompt and truth of a sample."""
-        limits, coords = self.base.limits, self.base.coords
-        whole = encode_sample(asked.sample, self.chat, limits, coords, frames=[asked.frame])
-        return guided_question(whole, case_of(asked.sample, whole.geometries, coords))
+        return self.asking.question(asked)
 
     @cached_property
     def learner(self) -> Learner:
@@ -221,14 +222,13 @@ class Run:
 
     def decoding(self, generations: int, tokens: int, temperature: float) -> Decoding:
         """How to draw answers from this checkpoint."""
-        config = self.base.config
-        return Decoding(
+        groups = Groups(
             num_generations=generations,
-            max_new_tokens=tokens,
+            guided=self.settings.guided,
+            max_completion_tokens=tokens,
             temperature=temperature,
-            ends=tuple(config.eos_token_ids),
-            suppressed=(config.image_token_id, config.video_token_id),
         )
+        return decoding_of(self.base.config, self.base.tokenizer.length, groups)
 
     def _supervised(self, drawn: Sequence[Asked]) -> dict[str, float]:
         """A step on the right answers: an answer of n tokens weighs sqrt(n), as nano was taught."""

@@ -1,4 +1,4 @@
-"""Questions for ``rl_against_control.py``: drawn for training, held out for measuring; the report.
+"""Questions for ``rl_against_control.py`` that are held out for measuring, and the report.
 
 No model is run here.
 """
@@ -16,77 +16,17 @@ from medmo_edge.boxes import Box
 from medmo_edge.evaluation.compare import Paired, paired
 from medmo_edge.evaluation.nano_cases import FIRST_SEED
 from medmo_edge.images import Frame
-from medmo_edge.prompts import locate_prompt, user_message
+from medmo_edge.prompts import locate_prompt
 from medmo_edge.samples import Sample
-from medmo_edge.train.questions import LOCATE, NODULE, PLATELET, WBC, Target, yes_no
-from medmo_edge.train.scenes import Scene, augment, chest_scene
+from medmo_edge.train.asked import Asked, located, worded
+from medmo_edge.train.questions import NODULE, PLATELET, WBC, yes_no
+from medmo_edge.train.scenes import Scene, chest_scene
 
-TRAINING_SEEDS = 10_000_000
 WITH_NODULE, WITHOUT = 300, 100
 PHANTOM_SIZE = (320, 320)  # of those that are held out; it decides what drawing them costs
-LOCATED, PRESENT = 0.8, 0.1  # parts of the questions; the rest are numbers
 WORD_TOKENS = 8
-IMAGE = Path("drawn.png")  # never opened: frames are given
 
 Scores = list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A sample with its picture, both as training sees them."""
-
-    sample: Sample
-    frame: Frame
-
-
-def draw(smears: Sequence[Scene], seed: int, step: int, place: int) -> Asked:
-    """The question at one place of one step, the same on every call."""
-    rng = np.random.default_rng([seed, step, place])
-    if place % 2:
-        scene, target = smears[int(rng.integers(len(smears)))], WBC
-    else:
-        scene = chest_scene.__wrapped__(TRAINING_SEEDS + int(rng.integers(10**8)))
-        target = NODULE
-    return ask(augment(scene, rng), target, rng)
-
-
-def ask(view: Scene, target: Target, rng: np.random.Generator) -> Asked:
-    """A question about a view, of a kind that chance decides."""
-    kind = rng.random()
-    one, many = target.singular[0], target.plural[0]
-    if kind < LOCATED:
-        plain = rng.random() < 0.5
-        form = LOCATE[int(rng.integers(len(LOCATE)))]
-        sample = located(
-            view, target, locate_prompt(one) if plain else form.format(one=one, many=many)
-        )
-    elif kind < LOCATED + PRESENT:
-        seen = PLATELET if target is WBC and rng.random() < 0.5 else target
-        sample = worded(f"Is there a {seen.singular[0]}?", yes_no(view.count(seen.label) > 0))
-    else:
-        sample = worded(f"How many {many} are there?", str(view.count(target.label)))
-    return Asked(sample, Frame.from_pixels(view.pixels))
-
-
-def located(view: Scene, target: Target, question: str) -> Sample:
-    """The sample of a question for boxes."""
-    return Sample(
-        id="drawn",
-        task="locate",
-        images=(IMAGE,),
-        messages=[user_message(question, 1)],
-        boxes=view.labelled(target.label),
-        answer=f"No {target.singular[0]} found.",
-    )
-
-
-def worded(question: str, answer: str) -> Sample:
-    """The sample of a question for a word or number."""
-    reply = {"role": "assistant", "content": answer}
-    messages = [user_message(question, 1), reply]
-    return Sample(
-        id="drawn", task="vqa", images=(IMAGE,), messages=messages, answer=answer.strip(".").lower()
-    )
 
 
 @dataclass

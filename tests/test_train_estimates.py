@@ -307,7 +307,8 @@ def test_stages_are_chosen_and_refused() -> None:
         (["medmo-8b", "-o", "x"], UsageError, "starts from Qwen/Qwen3-VL-8B-Instruct, which is no"),
         (["medmo-8b", "-o", "x", "--stage", "rl"], UsageError, "x/instruct/checkpoint, which does"),
         (["medmo-8b", "-o", "x", "--stage", "no"], UsageError, "has no stage 'no'"),
-        (["smoke", "-o", "x", "--stage", "rl"], UsageError, "has no stage .rl.: it has"),
+        (["smoke", "-o", "x", "--stage", "sft"], UsageError, "has no stage .sft.: it has"),
+        (["smoke", "-o", "x", "--stage", "rl"], UsageError, "x/instruct/checkpoint, which does"),
         (["smoke"], UsageError, "needs a new folder: give it with -o"),
     ]
     for arguments, kind, message in cases:

@@ -29,9 +29,9 @@ from medmo_edge.train.grpo_learner import (
 )
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
+from medmo_edge.train.reinforcement import Curriculum
 from medmo_edge.train.rewards import REWARDS, Case, case_of, columns, combine, trl_reward
 from medmo_edge.train.rollouts import Answer, Decoding
-from medmo_edge.train.stages import Curriculum
 
 MakeLearner = Callable[..., Learner]
 

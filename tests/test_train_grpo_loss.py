@@ -17,7 +17,7 @@ from medmo_edge.train.grpo_loss import (
     spread,
     token_weights,
 )
-from medmo_edge.train.stages import Objective
+from medmo_edge.train.reinforcement import Objective
 
 NAN = float("nan")
 

@@ -19,7 +19,8 @@ from rl_samples import SEED, rl_mixture, tiny_rl_stage, write_rl_samples
 from medmo_edge.errors import SampleError
 from medmo_edge.train import grpo
 from medmo_edge.train.base_model import load_base, set_trainable
-from medmo_edge.train.grpo import Reinforced, decoding_of, run_rl
+from medmo_edge.train.grpo import Reinforced, run_rl
+from medmo_edge.train.grpo_learner import decoding_of
 from medmo_edge.train.parallel import Group, joined, spread
 from medmo_edge.train.rewards import REWARDS, Case
 from medmo_edge.train.stages import RlStage, load_stages
@@ -144,7 +145,8 @@ def test_a_prompt_too_long_is_one_line(tiny_checkpoint: Path, data: Path) -> Non
 
 def test_pictures_and_unused_ids_are_never_said(tiny_checkpoint: Path) -> None:
     base = load_base(tiny_checkpoint, precision="float32")
-    suppressed = decoding_of(base, tiny_rl_stage()).suppressed
+    groups = tiny_rl_stage().rollouts
+    suppressed = decoding_of(base.config, base.tokenizer.length, groups).suppressed
     special = base.tokenizer.special_ids
     for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
         assert special[token] in suppressed

@@ -23,7 +23,10 @@ def write(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("name", ["nano", "smoke"])
 def test_packaged_recipes_load(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.num_steps == sum(phase.steps for phase in recipe.phases) > 0
+    assert recipe.rl is not None and recipe.stages == ("pretrain", "instruct", "rl")
+    steps = [recipe.only(stage).num_steps for stage in recipe.stages]
+    assert recipe.num_steps == sum(steps) and min(steps) > 0
+    assert steps[-1] == recipe.rl.steps
     assert len(recipe.sha256) == 64
 
 
@@ -43,6 +46,14 @@ def test_the_packaged_nano_names_its_recipe() -> None:
     notes = json.loads((resources.files("medmo_edge") / "medmo-nano/medmo_edge.json").read_text())
     stage = load_recipe("nano").only(notes["training"]["stage"])
     assert notes["training"]["recipe_sha256"] == stage.sha256
+
+
+def test_a_recipe_may_end_before_reinforcement(tmp_path: Path) -> None:
+    """Its other stages are then the same as with it, so that saved runs can go on."""
+    recipe = load_recipe(write(tmp_path, SMOKE[: SMOKE.index("[rl]")]))
+    assert recipe.rl is None and recipe.stages == ("pretrain", "instruct")
+    for stage in recipe.stages:
+        assert recipe.only(stage).sha256 == load_recipe("smoke").only(stage).sha256
 
 
 def test_the_sizes_are_a_checkpoints() -> None:
@@ -86,6 +97,12 @@ def test_phases_follow_each_other() -> None:
         ("max_positions = 512", "max_positions = 140", "144 tokens do not fit max_positions 140"),
         ("num_kv_heads = 1", "num_kv_heads = 0", "num_heads must be a multiple of num_kv_heads"),
         ("seed = 7", "seed =", "is not valid TOML"),
+        ("prompts = 3", "prompts = 0", "steps, prompts and completion tokens must be above 0"),
+        ("located = 0.7", "located = 0.9", "located and present must be 0 or more, together"),
+        ("num_generations = 3", "num_generations = 1", "num_generations must be 2 or more"),
+        ("iou = 0.8", "iouu = 0.8", "rewards has unknown 'iouu', did you mean 'iou'?"),
+        ("beta = 0.0", "beta = 0.1", "beta must be 0: no second model"),
+        ("temperature = 1.0", "temperature = 0.0", "temperature must be above 0"),
     ],
 )
 def test_mistakes(tmp_path: Path, old: str, new: str, message: str | None) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,43 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import CheckpointError, MedmoError, RecipeError, UsageError
-from medmo_edge.train.loop import learning_rate
+from medmo_edge.train.architecture import build_model
+from medmo_edge.train.loop import Trainer, learning_rate
 from medmo_edge.train.recipe import load_recipe
-from medmo_edge.train.run import train
-from medmo_edge.train.state import complete_steps, load_step
+from medmo_edge.train.run import corpus, train
+from medmo_edge.train.state import complete_steps, newest_step
+from medmo_edge.train.step_log import read_metrics
+from medmo_edge.train.vocabulary import special_ids, train_tokenizer
 
 RECIPE = load_recipe("smoke").only("pretrain")
+BPE = RECIPE.tokenizer.bpe_size
 RUN = "import sys; from pathlib import Path; from medmo_edge.train.run import train; "
 
 
 def log(folder: Path) -> dict[int, dict[str, float]]:
-    """The training lines of a run's log by step, the last one where a step was done twice."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line for line in lines if "loss" in line}
+    """The figures of a run by step."""
+    return {line["step"]: line for line in read_metrics(folder)}
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    """All figures but the time they took."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in log(folder).values()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    saved = load_step(folder, RECIPE.sha256)
-    assert saved is not None
-    state: dict[str, torch.Tensor] = saved[1]["model"]
-    return state
+    """The model in the newest saved step, in float32."""
+    model = build_model(RECIPE, special_ids(train_tokenizer(corpus(RECIPE, []), BPE)))
+    state: dict[str, Any] = {"model": {"model." + k: v for k, v in model.state_dict().items()}}
+    newest = complete_steps(folder)[-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that there is one process
+        load(state, storage_reader=FileSystemReader(str(newest / "state")), no_dist=True)
+    return {name.removeprefix("model."): value for name, value in state["model"].items()}
 
 
 def start(folder: Path) -> "subprocess.Popen[bytes]":
@@ -51,7 +66,7 @@ def start(folder: Path) -> "subprocess.Popen[bytes]":
 def wait_for_step(process: "subprocess.Popen[bytes]", folder: Path, step: int) -> None:
     end = time.monotonic() + 120
     while time.monotonic() < end and process.poll() is None:
-        if (folder / "log.jsonl").exists() and max(log(folder), default=0) >= step:
+        if len(log(folder)) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(
@@ -84,11 +99,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole: Path, tmp_path: 
     process.kill()
     process.communicate()
     assert [step.name for step in complete_steps(folder)] == ["step-000004"]
-    shutil.copytree(folder / "step-000004", folder / "step-000008.tmp")  # a kill while saving
+    shutil.copytree(folder / "step-000004", folder / ".step-000008.tmp")  # a kill while saving
     train("smoke", folder.parent, resume=True)
-    assert {step: line["loss"] for step, line in log(folder).items()} == {
-        step: line["loss"] for step, line in log(whole).items()
-    }
+    for stage in ("pretrain", "instruct", "rl"):
+        assert curve(folder.parent / stage) == curve(whole.parent / stage)
+        told, found = (
+            (place / stage / "checkpoint" / "model.safetensors").read_bytes()
+            for place in (whole.parent, folder.parent)
+        )
+        assert told == found
     mine, theirs = weights(folder), weights(whole)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -100,7 +119,7 @@ def test_ctrl_c_saves_the_step_it_interrupts(tmp_path: Path) -> None:
     wait_for_step(process, folder, 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    done = max(log(folder))
+    done = len(log(folder))
     assert f"stopped at step {done}: go on with --resume".encode() in errors
     assert complete_steps(folder)[-1].name == f"step-{done:06d}"
 
@@ -125,10 +144,6 @@ def test_the_checkpoint_loads_in_transformers_with_the_same_logits(whole: Path) 
     """The written folder against the weights that were trained, through from_pretrained."""
     from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-    from medmo_edge.train.architecture import build_model
-    from medmo_edge.train.run import corpus
-    from medmo_edge.train.vocabulary import special_ids, train_tokenizer
-
     folder = whole / "checkpoint"
     loader: Any = Qwen3VLForConditionalGeneration
     loaded, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -149,7 +164,7 @@ def test_the_checkpoint_loads_in_transformers_with_the_same_logits(whole: Path) 
 def test_a_stage_starts_from_the_checkpoint_before_it(whole: Path) -> None:
     instruct = load_recipe("smoke").only("instruct")
     lines = log(whole.parent / "instruct")
-    assert sorted(lines) == list(range(1, instruct.num_steps + 1))
+    assert sorted(lines) == list(range(instruct.num_steps))
     notes = json.loads((whole.parent / "instruct" / "checkpoint" / "medmo_edge.json").read_text())
     assert notes["training"]["stage"] == "instruct"
     # what three careful steps can change, against weights that start anew
@@ -163,11 +178,53 @@ def test_a_stage_starts_from_the_checkpoint_before_it(whole: Path) -> None:
         assert 0 < gap < 0.1 * np.abs(before.read(name)).max()
 
 
+def test_reinforcement_follows_and_moves_the_weights(whole: Path) -> None:
+    """What it learned from is logged; the checkpoint has the limits of the one before it."""
+    rl = load_recipe("smoke").only("rl")
+    lines = log(whole.parent / "rl")
+    assert sorted(lines) == list(range(rl.num_steps))
+    assert all(0 <= line["reward"] <= 1 for line in lines.values())
+    assert any(line["norm"] > 0 for line in lines.values())
+    with (
+        open_checkpoint(whole.parent / "instruct" / "checkpoint") as before,
+        open_checkpoint(whole.parent / "rl" / "checkpoint") as after,
+    ):
+        assert after.preprocessing == before.preprocessing
+        assert before.tokenizer_path.read_bytes() == after.tokenizer_path.read_bytes()
+        name = "model.language_model.layers.0.mlp.gate_proj.weight"
+        assert not np.array_equal(before.read(name), after.read(name))
+    notes = json.loads((whole.parent / "rl" / "checkpoint" / "medmo_edge.json").read_text())
+    assert notes["training"] == {"stage": "rl", "steps": 3, "recipe_sha256": rl.sha256}
+
+
+def test_a_finished_stage_is_not_trained_again(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.parent.rglob("*")}
+    assert train("smoke", whole.parent, resume=True) == whole.parent / "rl" / "checkpoint"
+    assert {path: path.stat().st_mtime_ns for path in whole.parent.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_last_good_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Trainer._forward, []
+
+    def forward(self: Trainer, batch: Any) -> Any:
+        loss, vision = real(self, batch)
+        calls.append(loss)
+        return (loss * float("nan") if len(calls) == 6 else loss), vision
+
+    monkeypatch.setattr(Trainer, "_forward", forward)
+    with pytest.raises(RecipeError, match=r"step 5: loss is nan.*--resume goes on from step-0*5"):
+        train("smoke", tmp_path)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "pretrain").values())
+    assert not (tmp_path / "pretrain" / "checkpoint").exists()
+
+
 def test_a_stage_alone_needs_what_it_starts_from(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"pretrain/checkpoint, which does not exist.*--base"):
         train("smoke", tmp_path, stage="instruct")
-    with pytest.raises(UsageError, match="no stage 'rl': it has pretrain, instruct"):
-        train("smoke", tmp_path, stage="rl")
+    with pytest.raises(UsageError, match="no stage 'sft': it has pretrain, instruct, rl"):
+        train("smoke", tmp_path, stage="sft")
     with pytest.raises(CheckpointError, match="next stage"):
         train("smoke", tmp_path, stage="instruct", base=Path("medmo_edge/medmo-nano"))
     found = train("smoke", tmp_path, stage="instruct", base=whole / "checkpoint")
@@ -179,12 +236,12 @@ def test_a_stage_alone_needs_what_it_starts_from(whole: Path, tmp_path: Path) ->
 def test_old_steps_are_removed_and_unfinished_ones_ignored(whole: Path, tmp_path: Path) -> None:
     assert [step.name for step in complete_steps(whole)] == ["step-000008", "step-000012"]
     (tmp_path / "step-000004").mkdir()
-    assert load_step(tmp_path, RECIPE.sha256) is None
+    assert complete_steps(tmp_path) == []
 
 
 def test_a_run_of_another_recipe_is_not_continued(whole: Path) -> None:
     with pytest.raises(UsageError, match="was trained with another recipe"):
-        load_step(whole, "0" * 64)
+        newest_step(whole, "0" * 64)
 
 
 @pytest.mark.parametrize(
@@ -223,15 +280,15 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
 
 
 def test_held_out_pictures_are_looked_at_in_the_recipes_rhythm(whole: Path) -> None:
-    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
-    looks = [line for line in lines if "nodule_iou" in line]
-    assert [line["step"] for line in looks] == [RECIPE.rhythm.evaluate_every]
+    looks = [line for line in log(whole).values() if "nodule_iou" in line]
+    assert [line["step"] + 1 for line in looks] == [RECIPE.rhythm.evaluate_every]
     assert all(0 <= looks[0][name] <= 1 for name in ("nodule_iou", "nodule_yes_no"))
+    assert max(log(whole.parent / "rl")) == max(
+        step for step, line in log(whole.parent / "rl").items() if "nodule_iou" in line
+    )
 
 
 def test_a_checkpoint_is_replaced_whole(whole: Path, tmp_path: Path) -> None:
-    from medmo_edge.train.run import corpus
-    from medmo_edge.train.vocabulary import train_tokenizer
     from medmo_edge.train.writer import processing, write_checkpoint
 
     folder = tmp_path / "checkpoint"

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from medmo_edge.errors import UsageError
-from medmo_edge.train.estimates import Estimate, Memory, estimate_phase, estimate_stage
+from medmo_edge.train.estimates import (
+    Estimate,
+    Memory,
+    estimate_phase,
+    estimate_rl,
+    estimate_stage,
+)
 from medmo_edge.train.recipe import is_staged, read_document, read_recipe
 from medmo_edge.train.stages import read_stages
 
@@ -33,6 +39,7 @@ def dry_run(name_or_path: str | Path, stage: str | None = None) -> dict[str, Any
     else:
         small = read_recipe(document)
         estimates = [estimate_phase(small, index) for index in range(len(small.phases))]
+        estimates += [estimate_rl(small, small.rl)] if small.rl else []
         plan = {"name": small.name, "base": None, "machine": {"threads": small.threads}}
     kept = [one for one in estimates if stage in (None, one.stage, one.kind)]
     if not kept:

@@ -18,16 +18,18 @@ Memory of one device, in bytes:
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medmo_edge.model_config import ModelConfig, Shape, expected_tensors
 from medmo_edge.train.recipe import Phase, Recipe
+from medmo_edge.train.reinforcement import Reinforcement
 from medmo_edge.train.stages import Machine, Module, RlStage, Stage, model_of
 
 GIB = 2**30
 #: operations per processor thread and second that MedMO-nano's training reached, by these formulas:
 #: its 2400 steps took 71 minutes on two shared cores in bf16. Other machines and widths differ.
 CPU_GIGAFLOPS = 28.0
+_QUESTION_TOKENS = 24  # of a question about a scene, with its turn's marks
 CONTEXT_GIB = 1.0  # the driver, the libraries and what the allocator loses; a guess
 MODULES: tuple[Module, ...] = ("vision", "merger", "language")  # in the order data pass them
 
@@ -256,8 +258,55 @@ def estimate_phase(recipe: Recipe, index: int) -> Estimate:
     phase = recipe.phases[index]
     config = model_of(recipe.text, recipe.vision)
     load = _phase_load(config, phase)
+    return _from_nothing(
+        recipe,
+        config,
+        load,
+        stage=f"phase {index + 1}",
+        kind=phase.stage,
+        rows=phase.rows,
+        steps=phase.steps,
+        flop=training_flop(config, load, MODULES, 0),
+    )
+
+
+def estimate_rl(recipe: Recipe, spec: Reinforcement) -> Estimate:
+    """The rl stage of a recipe from nothing: a prompt and its answers are one row, read twice.
+
+    Pictures are as large as in the last phase, and answers as long as they may be.
+    """
+    phase, group = recipe.phases[-1], spec.rollouts
+    config = model_of(recipe.text, recipe.vision)
+    answers = group.num_generations * group.max_completion_tokens
+    picture = _phase_load(config, phase)
+    load = replace(picture, text_tokens=_QUESTION_TOKENS + answers, answer_tokens=answers)
+    learned = max(1, 2 * spec.row_tokens // load.tokens)  # rows that are learned from at once
+    drawn = sum(linears + attention for linears, attention in forward_flop(config, load).values())
+    return _from_nothing(
+        recipe,
+        config,
+        replace(load, rows=learned),
+        stage="rl",
+        kind="rl",
+        rows=spec.prompts,
+        steps=spec.steps,
+        flop=drawn + training_flop(config, load, MODULES, 0),
+    )
+
+
+def _from_nothing(
+    recipe: Recipe,
+    config: ModelConfig,
+    load: Load,
+    *,
+    stage: str,
+    kind: str,
+    rows: int,
+    steps: int,
+    flop: float,
+) -> Estimate:
+    """``rows`` sequences a step of ``flop`` each; memory is that of ``load``."""
     counts = count_parameters(config)
-    flop = training_flop(config, load, MODULES, 0)
     total = sum(counts.values())
     memory = Memory(
         weights=4 * total / GIB,
@@ -269,16 +318,16 @@ def estimate_phase(recipe: Recipe, index: int) -> Estimate:
         host=0.0,
     )
     return Estimate(
-        stage=f"phase {index + 1}",
-        kind=phase.stage,
+        stage=stage,
+        kind=kind,
         parameters=counts,
         trained=counts,
-        tokens_per_step=phase.rows * load.tokens,
-        steps=phase.steps,
+        tokens_per_step=rows * load.tokens,
+        steps=steps,
         teraflop_per_sample=flop / 1e12,
         memory=memory,
         device_memory_gib=None,
-        hours=phase.steps * phase.rows * flop / (recipe.threads * CPU_GIGAFLOPS * 1e9) / 3600,
+        hours=steps * rows * flop / (recipe.threads * CPU_GIGAFLOPS * 1e9) / 3600,
     )
 
 

@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 from medmo_edge.errors import RecipeError, SampleError
 from medmo_edge.samples import Sample
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo_learner import CHUNK, Learner, Question, guided_question
+from medmo_edge.train.grpo_learner import (
+    CHUNK,
+    Learner,
+    Question,
+    decoding_of,
+    guided_question,
+)
 from medmo_edge.train.mixture import Mixture
 from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.rewards import case_of
-from medmo_edge.train.rollouts import Decoding
 from medmo_edge.train.stages import RlStage, StagedRecipe
 from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.supervised import set_rates, update
@@ -110,7 +115,7 @@ def run_rl(
         model=call,
         objective=stage.objective,
         rewards=stage.rewards,
-        decoding=decoding_of(base, stage),
+        decoding=decoding_of(base.config, base.tokenizer.length, stage.rollouts),
         decode=base.tokenizer.decode,
         seed=recipe.seed,
         row_tokens=stage.row_tokens,
@@ -132,25 +137,6 @@ def run_rl(
         group=group,
     )
     loop.run(reinforced.learn)
-
-
-def decoding_of(base: Base, stage: RlStage) -> Decoding:
-    """How the stage draws answers; picture tokens and ids without a token are never drawn."""
-    config, rollouts = base.config, stage.rollouts
-    unused = range(base.tokenizer.length, config.text.vocab_size)
-    picture = (
-        config.image_token_id,
-        config.video_token_id,
-        config.vision_start_token_id,
-        config.vision_end_token_id,
-    )
-    return Decoding(
-        num_generations=rollouts.num_generations,
-        max_new_tokens=rollouts.max_completion_tokens,
-        temperature=rollouts.temperature,
-        ends=tuple(config.eos_token_ids),
-        suppressed=(*picture, *unused),
-    )
 
 
 def _frozen(base: Base) -> Any:

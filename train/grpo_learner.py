@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.model_config import ModelConfig
 from medmo_edge.train.branches import (
     BranchBatch,
     BranchRow,
@@ -32,6 +33,7 @@ from medmo_edge.train.grpo_loss import (
 )
 from medmo_edge.train.packing import IGNORE, Encoded
 from medmo_edge.train.parallel import without_exchange
+from medmo_edge.train.reinforcement import Groups, Objective
 from medmo_edge.train.rewards import Case, judge
 from medmo_edge.train.rollouts import (
     Answer,
@@ -41,7 +43,6 @@ from medmo_edge.train.rollouts import (
     scaled_log_probs,
     uniforms,
 )
-from medmo_edge.train.stages import Objective
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +232,26 @@ class Learner:
         rewards = [name for name, weight in self.rewards.items() if weight > 0]
         means = [f"rewards/{name}/{what}" for name in rewards for what in ("mean", "std")]
         return (*FIGURES, *means, *(("kl",) if self.reference is not None else ()))
+
+
+def decoding_of(config: ModelConfig, tokens: int, groups: Groups) -> Decoding:
+    """How answers are drawn from a model whose tokenizer has ``tokens`` ids.
+
+    Picture tokens and ids without a token are never drawn.
+    """
+    picture = (
+        config.image_token_id,
+        config.video_token_id,
+        config.vision_start_token_id,
+        config.vision_end_token_id,
+    )
+    return Decoding(
+        num_generations=groups.num_generations,
+        max_new_tokens=groups.max_completion_tokens,
+        temperature=groups.temperature,
+        ends=tuple(config.eos_token_ids),
+        suppressed=(*picture, *range(tokens, config.text.vocab_size)),
+    )
 
 
 def _guide(question: Question) -> Answer:

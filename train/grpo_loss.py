@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.train.stages import Objective
+from medmo_edge.train.reinforcement import Objective
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
 """Drawing a batch and learning from it: AdamW, cosine, bf16 autocast, on a CPU.
 
 Every row of every step draws from its own seed, so a resumed run sees what an uninterrupted one
-would. Several processes, packing over rows and reinforcement are not here.
+would. Packing over rows and reinforcement are not here.
 """
 
 import math
@@ -18,6 +18,7 @@ from medmo_edge.train.collator import Batch, Row, collate, encode_row, see
 from medmo_edge.train.questions import Turn, sample_turns
 from medmo_edge.train.recipe import MERGE, Phase, Recipe
 from medmo_edge.train.scenes import Scene, augment, chest_scene, vary_resolution
+from medmo_edge.train.steps import Diverged
 from medmo_edge.train.vocabulary import SpecialIds
 from medmo_edge.train.writer import COORDS, processing
 
@@ -95,7 +96,10 @@ class Trainer:
     recipe: Recipe
 
     def step(self, number: int, batch: Batch, dense: list[Targets]) -> dict[str, float]:
-        """Learn from ``batch`` as step ``number``; gives the two losses and the gradient norm."""
+        """Learn from ``batch`` as step ``number``; gives the two losses and the gradient norm.
+
+        Errors: Diverged when one of them is not finite; no weight has moved then.
+        """
         import torch
 
         for group in self.optimizer.param_groups:
@@ -109,8 +113,12 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters(), self.recipe.optimizer.clip_norm, foreach=True
         )
+        found = {"loss": answers.item(), "aux": aux.item(), "norm": norm.item()}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value}")
         self.optimizer.step()
-        return {"loss": answers.item(), "aux": aux.item(), "norm": norm.item()}
+        return found
 
     def parameters(self) -> "list[torch.nn.Parameter]":
         """Everything that learns."""
@@ -130,20 +138,6 @@ class Trainer:
         finally:
             hook.remove()
         return answer_loss(hidden, self.model.lm_head, batch), seen[0]
-
-    def state(self) -> dict[str, Any]:
-        """State dicts by name, for ``save_step``."""
-        return {
-            "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
-        self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def answer_loss(hidden: "torch.Tensor", lm_head: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
@@ -175,15 +169,15 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     first, second = spec.betas
-    rate = recipe.phases[0].learning_rate
-    return torch.optim.AdamW(groups, lr=rate, betas=(first, second), fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(first, second), fused=True)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine to ``final_fraction`` of the peak; for one stage."""
-    spec, peak = recipe.optimizer, recipe.phase_at(step).learning_rate
-    if step < spec.warmup_steps:
-        return peak * (step + 1) / spec.warmup_steps
-    part = (step - spec.warmup_steps) / max(1, recipe.num_steps - spec.warmup_steps)
+    peak, warmup = recipe.peak_rate, recipe.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    part = (step - warmup) / max(1, recipe.num_steps - warmup)
     wave = (1 + math.cos(math.pi * min(1.0, part))) / 2
-    return peak * (spec.final_fraction + (1 - spec.final_fraction) * wave)
+    final = recipe.optimizer.final_fraction
+    return peak * (final + (1 - final) * wave)

@@ -15,7 +15,8 @@ from typing import Literal
 
 from medmo_edge.errors import RecipeError
 from medmo_edge.model_config import TextConfig, VisionConfig
-from medmo_edge.train.recipe_toml import Document, build, parse
+from medmo_edge.train.recipe_toml import Document, Rules, build, parse, require
+from medmo_edge.train.reinforcement import Reinforcement, stage_rules
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL's; a recipe cannot change the architecture's grid
 
@@ -115,7 +116,8 @@ class Rhythm:
 class Recipe:
     """One whole run from nothing. Equal recipe, data and threads give the equal checkpoint.
 
-    Phases belong to stages; a stage starts from the checkpoint of the one before it.
+    Phases belong to stages; a stage starts from the checkpoint of the one before it. The last may
+    be ``rl``, which has no phases.
     """
 
     name: str
@@ -129,22 +131,35 @@ class Recipe:
     auxiliary: AuxiliarySpec
     rhythm: Rhythm
     phases: tuple[Phase, ...]
+    rl: Reinforcement | None
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
+        """Optimiser steps of all phases and of the rl stage."""
+        return sum(phase.steps for phase in self.phases) + (self.rl.steps if self.rl else 0)
+
+    @property
+    def peak_rate(self) -> float:
+        """The highest learning rate of a recipe of one stage."""
+        return self.rl.learning_rate if self.rl else self.phases[0].learning_rate
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps on the way to ``peak_rate``, of a recipe of one stage."""
+        return self.rl.warmup_steps if self.rl else self.optimizer.warmup_steps
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The names of the stages, in their order."""
-        return tuple(dict.fromkeys(phase.stage for phase in self.phases))
+        names = [*(phase.stage for phase in self.phases), *(["rl"] if self.rl else [])]
+        return tuple(dict.fromkeys(names))
 
     def only(self, stage: str) -> "Recipe":
         """The recipe of one of its stages alone, which draws pictures of its own."""
         phases = tuple(phase for phase in self.phases if phase.stage == stage)
         seed = self.seed + _SEEDS_APART * self.stages.index(stage)
-        return dataclasses.replace(self, seed=seed, phases=phases)
+        rl = self.rl if stage == "rl" else None
+        return dataclasses.replace(self, seed=seed, phases=phases, rl=rl)
 
     def phase_at(self, step: int) -> Phase:
         """The phase that ``step`` (from 0) belongs to; the last one for any later step."""
@@ -159,6 +174,8 @@ class Recipe:
         """Identity of the recipe, kept beside saved steps so that a resume cannot mix two runs."""
         values = dataclasses.asdict(self)
         values["text"] = {k: v for k, v in values["text"].items() if k not in _NOT_WRITTEN}
+        if self.rl is None:  # as if no recipe could have one: saved runs keep their identity
+            del values["rl"]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -244,10 +261,9 @@ def _check(recipe: Recipe, document: Document) -> None:
         )
         tokens = phase.max_pixels // token + phase.turn_tokens
         rules[("phases", index, "max_pixels")] = fits(tokens, recipe.text)
+    if recipe.rl is not None:
+        rules |= stage_rules(recipe.rl, ("rl",))
     require(rules, document)
-
-
-Rules = dict[tuple[str | int, ...], tuple[str, bool]]
 
 
 def size_rules(text: TextConfig, vision: VisionModel) -> Rules:
@@ -283,10 +299,3 @@ def fits(tokens: int, text: TextConfig) -> tuple[str, bool]:
 def is_multiple(value: int, of: int) -> bool:
     """Whether ``value`` is a positive multiple of ``of``."""
     return value > 0 and of > 0 and value % of == 0
-
-
-def require(rules: Rules, document: Document) -> None:
-    """Errors: RecipeError with the line of the first rule that does not hold."""
-    for path, (rule, holds) in rules.items():
-        if not holds:
-            raise document.refuse(path, rule)

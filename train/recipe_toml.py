@@ -1,8 +1,9 @@
 """TOML tables as dataclasses, with the line of every mistake and the key that was probably meant.
 
-An unknown key, a missing key or a value of the wrong type is a RecipeError, never a default. It
-knows nothing of recipes. Lines are found by a scan for headers and keys beside tomllib, which keeps
-none; a key inside a multi-line text could mislead it, and recipes have none.
+An unknown key, a missing key or a value of the wrong type is a RecipeError, never a default; only
+a table of type ``X | None`` may be left out. It knows nothing of recipes. Lines are found by a scan
+for headers and keys beside tomllib, which keeps none; a key inside a multi-line text could mislead
+it, and recipes have none.
 """
 
 import dataclasses
@@ -11,11 +12,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from medmo_edge.errors import RecipeError
 
 Path = tuple[str | int, ...]
+#: path of a key -> what it must fulfil in words, and whether it does
+Rules = dict[Path, tuple[str, bool]]
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([A-Za-z0-9_.\- ]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_-]+)\s*=")
@@ -103,10 +107,11 @@ def _build(
         raise document.refuse(
             (*path, unknown[0]), f"unknown key {unknown[0]!r}{suggest(unknown[0], known)}"
         )
-    if missing := sorted(hints.keys() - values.keys()):
+    optional = {name for name, hint in hints.items() if isinstance(hint, UnionType)}
+    if missing := sorted(hints.keys() - values.keys() - optional):
         raise document.refuse((*path, missing[0]), f"key {missing[0]!r} is missing")
     built = {
-        name: _value(hint, values[name], document, (*path, name), given)
+        name: _value(hint, values[name], document, (*path, name), given) if name in values else None
         for name, hint in hints.items()
     }
     return kind(**built, **fixed)
@@ -124,6 +129,8 @@ def suggest(name: str, known: list[str]) -> str:
 def _value(
     hint: Any, value: Any, document: Document, path: Path, given: Mapping[type, Mapping[str, Any]]
 ) -> Any:
+    if isinstance(hint, UnionType):
+        (hint,) = (one for one in get_args(hint) if one is not NoneType)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, document, path, given)
     if get_origin(hint) is tuple:
@@ -157,3 +164,19 @@ def _tuple(
     return tuple(
         _value(kinds[0], item, document, (*path, index), given) for index, item in enumerate(value)
     )
+
+
+def require(rules: Rules, document: Document) -> None:
+    """Errors: RecipeError with the line of the first rule that does not hold."""
+    for path, (rule, holds) in rules.items():
+        if not holds:
+            raise document.refuse(path, rule)
+
+
+def weights_rule(name: str, weights: dict[str, float], known: tuple[str, ...]) -> tuple[str, bool]:
+    """The rule that a table has weights of ``known`` names, none negative, one above 0."""
+    unknown = sorted(weights.keys() - set(known))
+    if unknown:
+        return f"{name} has unknown {unknown[0]!r}{suggest(unknown[0], list(known))}", False
+    positive = bool(weights) and min(weights.values()) >= 0 and sum(weights.values()) > 0
+    return f"{name} needs weights, none below 0, with a sum above 0", positive

@@ -1,41 +1,40 @@
 """Run a recipe that starts from nothing, stage by stage, or go on where it stopped.
 
-The output folder holds a folder per stage with ``step-*`` (resumable), ``log.jsonl`` (a line per
-step and per look at held-out pictures) and ``checkpoint`` (written at every look and at the end).
-One process, one machine.
+The output folder holds a folder per stage, as for recipes that start from a checkpoint
+(``stage_run``): ``step-*`` (resumable), metrics.jsonl, curves.png, TensorBoard's files and
+``checkpoint``. One process, one machine.
 """
 
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medmo_edge.errors import UsageError
-from medmo_edge.train.architecture import build_model, load_weights
 from medmo_edge.train.attention import use_library, use_products
-from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.blood import read_blood
-from medmo_edge.train.collator import Batch, see
-from medmo_edge.train.interrupt import stop_requests
-from medmo_edge.train.loop import Sampler, Trainer, build_optimizer
+from medmo_edge.train.collator import see
+from medmo_edge.train.parallel import Group
 from medmo_edge.train.prefetch import ahead
 from medmo_edge.train.questions import sample_turns
 from medmo_edge.train.radiology import read_radiology
-from medmo_edge.train.recipe import Phase, Recipe, load_recipe
+from medmo_edge.train.recipe import Recipe, load_recipe
+from medmo_edge.train.scene_stages import Learning, rewarded, taught
 from medmo_edge.train.scenes import Scene, chest_scene
-from medmo_edge.train.state import load_step, save_step
-from medmo_edge.train.steps_bar import step_bar
+from medmo_edge.train.stage_plan import CARD
+from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.vocabulary import read_tokenizer, special_ids, train_tokenizer
 from medmo_edge.train.watch import Asker, look
 from medmo_edge.train.writer import COORDS, processing, write_checkpoint
 
 HELD_OUT_SEED = 1_000_000  # phantoms from here on are never trained on
 CORPUS = 3000  # scenes whose questions and answers the tokenizer is trained on
+CHECKPOINT = "checkpoint"
 
 
 def train(
@@ -52,8 +51,9 @@ def train(
     ``data`` holds ``bccd/`` and ``vqa-rad/`` (default: environment variable MEDMO_EDGE_DATA).
     ``stage`` trains one stage alone, a later one from the checkpoint ``base`` (default: that of the
     stage before it in ``output``). Ctrl-C finishes and saves the step, then raises
-    KeyboardInterrupt. Errors: RecipeError, SampleError, CheckpointError, and UsageError when
-    ``output`` is not empty and neither ``resume`` nor a later ``stage`` asked for.
+    KeyboardInterrupt. Errors: RecipeError (also when a loss is not finite), SampleError,
+    CheckpointError, and UsageError when the disk is full, or ``output`` is not empty and neither
+    ``resume`` nor a later ``stage`` asked for.
     """
     import torch
 
@@ -63,14 +63,14 @@ def train(
     if not resume and target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty: choose another folder, or go on with --resume")
     start = base or _before(recipe, stages[0], output)
-    wanted = [phase for phase in recipe.phases if phase.stage in stages]
-    pictures = _read_data(recipe.name, wanted, data)
+    pictures = _read_data(recipe, stages, data)
     torch.set_num_threads(recipe.threads)
     for name in stages:
-        run = Run.prepare(recipe.only(name), output / name, pictures, start)
-        run.go(run.recipe.num_steps)
-        start = run.write()
-    return output / stages[-1] / "checkpoint"
+        one, folder = recipe.only(name), output / name
+        if not _is_done(folder / CHECKPOINT, one):
+            _train_stage(one, folder, pictures, start)
+        start = folder / CHECKPOINT
+    return output / stages[-1] / CHECKPOINT
 
 
 def _chosen(recipe: Recipe, stage: str | None) -> tuple[str, ...]:
@@ -85,7 +85,7 @@ def _before(recipe: Recipe, stage: str, output: Path) -> Path | None:
     index = recipe.stages.index(stage)
     if index == 0:
         return None
-    folder = output / recipe.stages[index - 1] / "checkpoint"
+    folder = output / recipe.stages[index - 1] / CHECKPOINT
     if not folder.is_dir():
         raise UsageError(
             f"stage {stage} starts from {folder}, which does not exist: train the stage before it, "
@@ -104,16 +104,19 @@ class Pictures:
     radiology_held_out: list[Scene]
 
 
-def _read_data(recipe: str, phases: Sequence[Phase], data: Path | None) -> Pictures:
-    """What the phases draw from; nothing is read that none of them wants."""
-    wants_blood = any(phase.blood_share for phase in phases)
-    wants_radiology = any(phase.radiology_share for phase in phases)
+def _read_data(recipe: Recipe, stages: Sequence[str], data: Path | None) -> Pictures:
+    """What the stages draw from; nothing is read that none of them wants."""
+    phases = [phase for phase in recipe.phases if phase.stage in stages]
+    shares = [phase.blood_share for phase in phases]
+    if recipe.rl is not None and "rl" in stages:
+        shares.append(recipe.rl.blood_share)
+    wants_blood, wants_radiology = any(shares), any(phase.radiology_share for phase in phases)
     if not wants_blood and not wants_radiology:
         return Pictures(blood=[], radiology=[], blood_held_out=[], radiology_held_out=[])
     if data is None and "MEDMO_EDGE_DATA" not in os.environ:
         names = " and ".join(["bccd/"] * wants_blood + ["vqa-rad/"] * wants_radiology)
         raise UsageError(
-            f"recipe {recipe} needs pictures: set MEDMO_EDGE_DATA or --data to the folder "
+            f"recipe {recipe.name} needs pictures: set MEDMO_EDGE_DATA or --data to the folder "
             f"that holds {names}"
         )
     folder = data or Path(os.environ["MEDMO_EDGE_DATA"])
@@ -125,118 +128,79 @@ def _read_data(recipe: str, phases: Sequence[Phase], data: Path | None) -> Pictu
     )
 
 
-@dataclass(slots=True, kw_only=True)
-class Run:
-    """A run in progress: what exists between two steps. ``step`` steps are done."""
+def _is_done(checkpoint: Path, recipe: Recipe) -> bool:
+    try:
+        card = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(card.get("training", {}).get("recipe_sha256") == recipe.sha256)
+
+
+def _train_stage(recipe: Recipe, folder: Path, pictures: Pictures, start: Path | None) -> None:
+    """Train the one stage of ``recipe`` and write its checkpoint."""
+    if start is None:
+        tokenizer = train_tokenizer(corpus(recipe, pictures.blood), recipe.tokenizer.bpe_size)
+    else:
+        tokenizer = read_tokenizer(start, recipe.tokenizer.vocab_size)
+    learning: Learning
+    if recipe.rl is not None and start is not None:
+        learning = rewarded(recipe, tokenizer, pictures.blood, start)
+    else:
+        learning = taught(recipe, tokenizer, pictures.blood, pictures.radiology, start)
+    (stage,) = recipe.stages
+    loop = StepLoop(
+        name=f"{recipe.name} {stage}",
+        folder=folder,
+        group=Group(),
+        model=learning.module,
+        optimizer=learning.optimizer,
+        total=recipe.num_steps,
+        save_every=recipe.rhythm.save_every,
+        identity=recipe.sha256,
+        seed=recipe.seed,
+    )
+    loop.resume()
+    watch = Watch(
+        recipe=recipe,
+        asker=Asker(learning.model, tokenizer, special_ids(tokenizer), learning.limits),
+        pictures=pictures,
+    )
+    _run(learning, loop, watch)
+    notes = {"stage": stage, "steps": recipe.num_steps, "recipe_sha256": recipe.sha256}
+    weights = learning.model.state_dict()
+    write_checkpoint(weights, recipe, tokenizer, learning.limits, folder / CHECKPOINT, notes)
+
+
+def _run(learning: Learning, loop: StepLoop, watch: "Watch") -> None:
+    """Do the steps that are left; each is drawn while the one before it is learned from."""
+    learning.model.train()
+    use_products(learning.model)
+    rows: Any = ahead(learning.draw, range(loop.step, loop.total), 1)
+    with closing(rows):
+        loop.run(lambda step: learning.learn(step, next(rows)) | watch.figures(step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Looks at held-out pictures in the recipe's rhythm and after the last step, for the log."""
 
     recipe: Recipe
-    output: Path
-    sampler: Sampler
-    trainer: Trainer
+    asker: Asker
     pictures: Pictures
-    step: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def prepare(cls, recipe: Recipe, output: Path, pictures: Pictures, base: Path | None) -> "Run":
-        """A fresh run of a recipe's one stage, or the newest saved step of ``output``.
-
-        ``base`` is the checkpoint whose weights and tokenizer it starts from, None for nothing.
-        """
-        if base is None:
-            texts = corpus(recipe, pictures.blood)
-            tokenizer = train_tokenizer(texts, recipe.tokenizer.bpe_size)
-        else:
-            tokenizer = read_tokenizer(base, recipe.tokenizer.vocab_size)
-        ids = special_ids(tokenizer)
-        model = build_model(recipe, ids)
-        if base is not None:
-            load_weights(model, base)
-        head = build_head(recipe.text.hidden_size, recipe.seed)
-        optimizer = build_optimizer([model, head], recipe)
-        output.mkdir(parents=True, exist_ok=True)
-        run = cls(
-            recipe=recipe,
-            output=output,
-            sampler=Sampler(
-                recipe=recipe,
-                blood=pictures.blood,
-                radiology=pictures.radiology,
-                tokenizer=tokenizer,
-                ids=ids,
-            ),
-            trainer=Trainer(model=model, head=head, optimizer=optimizer, recipe=recipe),
-            pictures=pictures,
-        )
-        saved = load_step(output, recipe.sha256)
-        if saved is not None:
-            run.step = saved[0]
-            run.trainer.restore(saved[1])
-        return run
-
-    def go(self, until: int) -> None:
-        """Train until ``until`` steps are done, saving and looking in the recipe's rhythm."""
-        rhythm = self.recipe.rhythm
-        self.trainer.model.train()
-        use_products(self.trainer.model)
-        with stop_requests() as stop, step_bar(self.step, until) as show:
-            for batch, dense in ahead(self.sampler.batch, range(self.step, until), 1):
-                show(self.step, self._one_step(batch, dense))
-                if stop.is_set() or self.step % rhythm.save_every == 0:
-                    self.save()
-                if stop.is_set():
-                    raise KeyboardInterrupt(f"stopped at step {self.step}: go on with --resume")
-                if self.step % rhythm.evaluate_every == 0:
-                    self.look()
-                    self.write()
-
-    def _one_step(self, batch: Batch, dense: list[Targets]) -> dict[str, float]:
-        started = time.perf_counter()
-        losses = self.trainer.step(self.step, batch, dense)
-        self.step += 1
-        self._log(losses | {"seconds": time.perf_counter() - started})
-        return losses
-
-    def save(self) -> None:
-        """Make this step resumable."""
-        save_step(self.output, self.step, self.recipe.sha256, self.trainer.state())
-
-    def look(self) -> None:
-        """Score the held-out pictures, for the log only."""
-        limits = processing(self.recipe.phase_at(self.step - 1))
-        asker = Asker(self.trainer.model, self.sampler.tokenizer, self.sampler.ids, limits)
-        count = self.recipe.rhythm.evaluation_phantoms
-        chests = [chest_scene(HELD_OUT_SEED + i, (320, 320)) for i in range(count)]
-        use_library(self.trainer.model)
-        self.figures = look(
-            asker, self.pictures.blood_held_out, chests, self.pictures.radiology_held_out
-        )
-        use_products(self.trainer.model)
-        self._log(self.figures)
-
-    def write(self) -> Path:
-        """Write the weights as they are to ``checkpoint``."""
-        folder = self.output / "checkpoint"
-        write_checkpoint(
-            self.trainer.model.state_dict(),
-            self.recipe,
-            self.sampler.tokenizer,
-            processing(self.recipe.phase_at(self.step - 1)),
-            folder,
-            {
-                "stage": self.recipe.stages[0],
-                "step": self.step,
-                "of": self.recipe.num_steps,
-                "recipe_sha256": self.recipe.sha256,
-            },
-        )
-        return folder
-
-    def _log(self, values: dict[str, float]) -> None:
-        entry: dict[str, Any] = {"step": self.step, "time": round(time.time(), 1)}
-        entry |= {name: round(value, 5) for name, value in values.items()}
-        with (self.output / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+    def figures(self, step: int) -> dict[str, float]:
+        """What is seen after ``step``; nothing when it is not yet time."""
+        done, rhythm = step + 1, self.recipe.rhythm
+        if done % rhythm.evaluate_every and done != self.recipe.num_steps:
+            return {}
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + rhythm.evaluation_phantoms)
+        chests = [chest_scene(seed, (320, 320)) for seed in seeds]
+        use_library(self.asker.model)
+        try:
+            radiology = self.pictures.radiology_held_out
+            return look(self.asker, self.pictures.blood_held_out, chests, radiology)
+        finally:
+            use_products(self.asker.model)
 
 
 def corpus(recipe: Recipe, blood: list[Scene]) -> Iterator[str]:

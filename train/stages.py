@@ -16,17 +16,15 @@ from medmo_edge.samples import TASKS
 from medmo_edge.train.recipe import (
     MERGE,
     PATCH,
-    Rules,
     VisionModel,
     fits,
     is_multiple,
     is_staged,
     read_document,
-    require,
     size_rules,
 )
-from medmo_edge.train.recipe_toml import Document, build, suggest
-from medmo_edge.train.rewards import REWARDS
+from medmo_edge.train.recipe_toml import Document, Rules, build, require, suggest, weights_rule
+from medmo_edge.train.reinforcement import Curriculum, Groups, Objective, group_rules
 
 Module = Literal["vision", "merger", "language"]
 Kind = Literal["pretrain", "instruct", "rl"]
@@ -61,51 +59,14 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rollouts:
-    """Groups of answers for GRPO; tokens are means (``mean_*``) or bounds (``max_*``).
+class Rollouts(Groups):
+    """Groups of answers for GRPO; tokens are means (``mean_*``) or bounds (``max_*``)."""
 
-    ``guided`` adds the wanted answer to every group.
-    """
-
-    num_generations: int
-    guided: bool
     max_prompt_tokens: int
-    max_completion_tokens: int
     mean_completion_tokens: int
-    temperature: float
     engine: Literal["generate", "vllm-colocate", "vllm-server"]
     engine_memory: float
     tokens_per_second: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """GRPO with DAPO's settings, under TRL's names."""
-
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo"]
-    epsilon: float
-    epsilon_high: float
-    beta: float
-    scale_rewards: Literal["group", "batch", "none"]
-    num_iterations: int
-    mask_truncated_completions: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Curriculum:
-    """The overlap below which a box earns nothing in the reward ``iou``, loose to strict.
-
-    It goes from ``iou_from`` to ``iou_to`` in the first part ``until`` (0..1) of the stage's steps.
-    """
-
-    iou_from: float
-    iou_to: float
-    until: float
-
-    def threshold(self, progress: float) -> float:
-        """The smallest overlap that counts when the part ``progress`` of all steps is done."""
-        done = min(1.0, progress / self.until)
-        return self.iou_from + (self.iou_to - self.iou_from) * done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +251,7 @@ def _stage_rules(stage: Stage, path: tuple[str | int, ...], is_new_name: bool) -
             "offload needs sharding zero3 or fsdp2",
             not stage.offload or stage.sharding in ("zero3", "fsdp2"),
         ),
-        (*path, "mixture"): _weights_rule("mixture", stage.mixture, TASKS),
+        (*path, "mixture"): weights_rule("mixture", stage.mixture, TASKS),
     }
     for index, source in enumerate(stage.data):
         rules |= _source_rules(source, (*path, "data", index))
@@ -308,15 +269,11 @@ def _source_rules(source: DataSource, path: tuple[str | int, ...]) -> Rules:
 
 
 def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
-    rollouts, objective, curriculum = stage.rollouts, stage.objective, stage.curriculum
+    rollouts = stage.rollouts
     asked = stage.text_tokens - stage.answer_tokens
     prompt = stage.max_pixels // (PATCH * MERGE) ** 2 + asked
     return {
-        (*path, "rewards"): _weights_rule("rewards", stage.rewards, tuple(REWARDS)),
-        (*path, "rollouts", "num_generations"): (
-            "num_generations must be 2 or more: an advantage is a difference",
-            rollouts.num_generations >= 2,
-        ),
+        **group_rules(path, rollouts, stage.objective, stage.rewards, stage.curriculum),
         (*path, "rollouts", "max_prompt_tokens"): (
             f"{prompt} prompt tokens do not fit: raise max_prompt_tokens or lower max_pixels",
             prompt <= rollouts.max_prompt_tokens,
@@ -329,22 +286,4 @@ def _rl_rules(stage: RlStage, path: tuple[str | int, ...]) -> Rules:
             "rows * accumulation must be a multiple of num_generations",
             is_multiple(stage.rows * stage.accumulation, rollouts.num_generations),
         ),
-        (*path, "curriculum"): (
-            "iou_from and iou_to must be in 0..1, and until above 0 and at most 1",
-            0 <= min(curriculum.iou_from, curriculum.iou_to)
-            and max(curriculum.iou_from, curriculum.iou_to) < 1
-            and 0 < curriculum.until <= 1,
-        ),
-        (*path, "objective", "epsilon_high"): (
-            "epsilon must be above 0 and epsilon_high no less",
-            0 < objective.epsilon <= objective.epsilon_high,
-        ),
     }
-
-
-def _weights_rule(name: str, weights: dict[str, float], known: tuple[str, ...]) -> tuple[str, bool]:
-    unknown = sorted(weights.keys() - set(known))
-    if unknown:
-        return f"{name} has unknown {unknown[0]!r}{suggest(unknown[0], list(known))}", False
-    positive = bool(weights) and min(weights.values()) >= 0 and sum(weights.values()) > 0
-    return f"{name} needs weights, none below 0, with a sum above 0", positive

@@ -1,8 +1,8 @@
 """Saved steps of a run: atomic folders, so that a kill at any moment leaves a step that resumes.
 
 ``step-N`` is filled beside, synced, and renamed when everything, the file COMPLETE included, is in
-it: a folder of that name is whole. What is in it is the trainer's affair. Random numbers need no
-saving: whatever is drawn is drawn from its own step and place.
+it: a folder of that name is whole. What is in it is the loop's affair (``steps``). Random numbers
+need no saving: whatever is drawn is drawn from its own step and place.
 """
 
 import json
@@ -20,15 +20,6 @@ MARK = "COMPLETE"
 KEEP = 2  # the newest steps; older ones are removed
 
 _NAME = re.compile(r"step-\d{6,}")
-
-
-def save_step(output: Path, step: int, recipe_sha256: str, tensors: dict[str, Any]) -> None:
-    """Write ``tensors`` (state dicts by name) as the state before ``step``."""
-    import torch
-
-    mark = {"step": step, "recipe_sha256": recipe_sha256}
-    with new_step(output, step, mark) as folder, (folder / "state.pt").open("wb") as file:
-        torch.save(tensors, file)
 
 
 @contextmanager
@@ -110,18 +101,3 @@ def newest_step(output: Path, recipe_sha256: str) -> tuple[dict[str, Any], Path]
             "empty folder"
         )
     return mark, steps[-1]
-
-
-def load_step(output: Path, recipe_sha256: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest step that ``save_step`` wrote and its state dicts, None when there is none.
-
-    Errors: UsageError when it belongs to another recipe.
-    """
-    import torch
-
-    found = newest_step(output, recipe_sha256)
-    if found is None:
-        return None
-    mark, folder = found
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    return int(mark["step"]), state
