@@ -1,31 +1,32 @@
 """Several answers at once, in one thread: each in a lane, their tokens evaluated together.
 
 In every round each answer that is in its prompt may evaluate a piece of it, for a moment in all,
-then all others get their next token, from one evaluation as far as the backend allows. Images are
-encoded in a second thread meanwhile. An answer whose tokens might not fit into memory beside the
-running ones waits until they have ended. On a backend without lanes one answer runs at a time.
-Who comes next is decided elsewhere (server_engine.py).
+then all others get their next token, from one evaluation as far as the backend allows. Images that
+take long are encoded in a second thread meanwhile. An answer whose tokens might not fit into memory
+beside the running ones waits until they have ended. On a backend without lanes one answer runs at a
+time. Who comes next is decided elsewhere (server_engine.py).
 """
 
 import threading
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medmo_edge.errors import GenerationError
+from medmo_edge.errors import GenerationError, MedmoError
 from medmo_edge.runtime.answers import Answer
-from medmo_edge.runtime.backends import Interrupted
+from medmo_edge.runtime.backends import Interrupted, Lanes
 from medmo_edge.runtime.stage import Part, Stage
 from medmo_edge.runtime.steps import Decode, Encode, Pause, Step, Steps
 from medmo_edge.runtime.streams import Stream
 
 _PROMPT_SECONDS = 0.05  # after which prompts wait for the next token of the running answers
-_BRISK_SECONDS = 0.05  # what takes less is not worth interrupting
+_BRISK_SECONDS = 0.2  # what takes less is worth neither an interrupt nor a thread
 _WAIT_SECONDS = 0.05  # between two looks at the limits of answers that wait for an image
 
 
@@ -64,6 +65,7 @@ class Crew:
         self._refused = False  # it did not fit: no use to try before somebody leaves
         self._seats: list[_Seat] = []
         self._longest: float | None = None  # seconds that a piece of a prompt took
+        self._pace: float | None = None  # seconds per value of an image that was encoded aside
         self._stage: Stage | None = None  # while the turn is ours
         self._awake = threading.Event()
         self._images = ThreadPoolExecutor(1, "medmo-edge-images")
@@ -108,6 +110,20 @@ class Crew:
             part.limits.cancel()
         self.wake()
 
+    def give_up(self, error: Exception) -> None:
+        """After a failure of ``advance`` itself: no answer will be."""
+        seats, waiting = list(self._seats), self._waiting
+        self._seats, self._waiting = [], None
+        for seat in seats:
+            if seat.image is not None and not seat.image.cancel():
+                seat.part.limits.cancel()
+                wait([seat.image])
+            seat.steps.close()
+        if self._stage is not None:
+            self._leave()
+        for reader in [seat.reader for seat in seats] + ([waiting[1]] if waiting else []):
+            reader.failed(error)
+
     def dismiss(self) -> None:
         """Let the second thread go; nothing may be running."""
         self._images.shutdown()
@@ -129,7 +145,7 @@ class Crew:
             return
         try:
             lane = self._lane_for(part)
-        except GenerationError as error:
+        except (MedmoError, MemoryError) as error:
             if not self._seats:
                 self._waiting = None
                 reader.failed(error)
@@ -192,6 +208,8 @@ class Crew:
         """A piece of each prompt, until the running answers have waited long enough."""
         moved, started = False, time.monotonic()
         for seat in list(self._seats):
+            if isinstance(seat.step, Encode) and seat.image is None:
+                self._encode(seat, seat.step)
             if seat.step is not None and not isinstance(seat.step, Pause):
                 continue
             if moved and time.monotonic() - started > _PROMPT_SECONDS:
@@ -229,7 +247,7 @@ class Crew:
             return {}
         try:
             return lanes.decode_lanes(tokens)
-        except GenerationError:  # whose fault it is shows when each is alone
+        except (GenerationError, MemoryError):  # whose fault it is shows when each is alone
             return {}
 
     def _alone(self, seat: _Seat, token: int) -> NDArray[np.float32]:
@@ -268,12 +286,26 @@ class Crew:
             backend.set_interrupt(None)
 
     def _encode(self, seat: _Seat, step: Encode) -> None:
-        """Start on an image in the second thread, if the backend can."""
+        """Start on an image in the second thread, if the backend can and it takes long.
+
+        The tower serves one thread at a time: who would not use the second waits until it rests.
+        """
         assert self._stage is not None
-        lanes = self._stage.lanes
-        if lanes is None or self._size == 1:
-            seat.step = Pause.PROMPT
+        lanes, size = self._stage.lanes, step.resized_HWC.size
+        brisk = self._pace is not None and self._pace * size < _BRISK_SECONDS
+        if lanes is None or self._size == 1 or brisk:
+            if all(each.image is None for each in self._seats):
+                seat.step = Pause.PROMPT  # it is encoded when its turn comes
             return
         stop = seat.part.limits.interrupt
-        seat.image = self._images.submit(lanes.encode_aside, step.resized_HWC, stop)
+        seat.image = self._images.submit(self._encode_aside, lanes, step.resized_HWC, stop)
         seat.image.add_done_callback(lambda _: self.wake())
+
+    def _encode_aside(
+        self, lanes: Lanes, resized_HWC: NDArray[np.uint8], stop: Callable[[], bool]
+    ) -> NDArray[np.float32]:
+        """In the second thread."""
+        start = time.monotonic()
+        rows_NR = lanes.encode_aside(resized_HWC, stop)
+        self._pace = (time.monotonic() - start) / resized_HWC.size
+        return rows_NR

@@ -207,7 +207,10 @@ class Engine:
                 self._begin(job)
             if not self._running:
                 break
-            self._crew.advance()
+            try:
+                self._crew.advance()
+            except Exception as error:  # the next questions may still be answered
+                self._crew.give_up(error)
         self._crew.dismiss()
 
     def _next(self) -> Job | None:

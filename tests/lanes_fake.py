@@ -38,7 +38,7 @@ class LanesFake(fake.Fake):
         self.batches: list[int] = []  # tokens of each call of decode_lanes
         self.encoded: list[int] = []  # grey of each picture
         self.look_seconds = 0.0
-        self.thread = threading.current_thread()
+        self._tower = threading.Lock()
         self.broken: Callable[[list[int]], bool] = lambda held: False
 
     @property
@@ -88,17 +88,24 @@ class LanesFake(fake.Fake):
     def encode_aside(
         self, resized_HWC: NDArray[np.uint8], stop: Callable[[], bool] | None
     ) -> NDArray[np.float32]:
+        assert self._tower.acquire(blocking=False), "two threads in the vision tower"
+        try:
+            self._look(stop)
+        finally:
+            self._tower.release()
+        grey = int(resized_HWC[0, 0, 0])
+        self.encoded.append(grey)
+        tokens = resized_HWC.shape[0] // 32 * (resized_HWC.shape[1] // 32)
+        return np.full((tokens, 1), -1 - grey, np.float32)
+
+    def _look(self, stop: Callable[[], bool] | None) -> None:
         until = time.monotonic() + self.look_seconds
         while True:
             if stop is not None and stop():
                 raise Interrupted
             if time.monotonic() >= until:
-                break
+                return
             time.sleep(0.002)
-        grey = int(resized_HWC[0, 0, 0])
-        self.encoded.append(grey)
-        tokens = resized_HWC.shape[0] // 32 * (resized_HWC.shape[1] // 32)
-        return np.full((tokens, 1), -1 - grey, np.float32)
 
     def append_encoded(self, resized_HWC: NDArray[np.uint8], rows_NR: NDArray[np.float32]) -> None:
         self._append(rows_NR[:, 0].astype(int).tolist())

@@ -235,6 +235,19 @@ def test_a_queued_image_is_given_up_at_once() -> None:
     crew.dismiss()
 
 
+def test_one_thread_at_a_time_looks_at_images() -> None:
+    backend = LanesFake()
+    backend.look_seconds = 0.05  # brisk: only those that come before this is known go aside
+    session = session_on(backend)
+    crew = Crew(SIZE)
+    streams = [session.study(grey_frame(grey)).stream("Is it?") for grey in range(12)]
+    heard = _perform(crew, streams)
+    for grey, each in enumerate(heard):
+        assert each.answer is not None and each.answer.text == _alone("Is it?", (grey,))
+    assert sorted(backend.encoded) == list(range(12))
+    crew.dismiss()
+
+
 def test_whoever_leaves_during_the_prompt_has_said_nothing() -> None:
     backend = LanesFake()
     backend.look_seconds = 0.2

@@ -196,6 +196,31 @@ def test_no_running_answer_is_given_after_the_artifact_changed(session: Session)
     engine.close(5)
 
 
+def test_a_failure_of_the_crew_itself_is_not_the_end(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, metrics = _engine(), Metrics()
+    engine._metrics = metrics
+
+    async def run() -> None:
+        jobs = [
+            engine.submit("x", _start(session, question="On?", max_new_tokens=LONG), 60)
+            for _ in range(3)
+        ]
+        await _until(lambda: engine.running == 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Paced, "decode_lanes", lambda *_: 1 / 0)
+            for job in jobs:
+                with pytest.raises(Problem, match="see the server's log"):
+                    await job.finish()
+        later = engine.submit("x", _start(session, question="Later?"), 60)
+        assert (await later.finish())[0].text == _alone("Later?")
+
+    asyncio.run(run())
+    engine.close(5)
+    assert session.study([]).ask("Free?", max_new_tokens=30).text == _alone("Free?")
+
+
 # ---- OpenAI's client ----
 
 
