@@ -96,7 +96,7 @@ ASKED = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(ASKED, min_size=1, max_size=10),
     st.integers(1, SIZE),
