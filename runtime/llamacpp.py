@@ -174,11 +174,8 @@ class LlamaCpp(Conversations):
             self.reserve(1, 1)
         before, found = list(self._ends), dict[int, NDArray[np.float32]]()
         try:
-            for run in runs(sorted(tokens), self.rows):
-                self._decode_run(run, [tokens[lane] for lane in run])
-                for row, lane in enumerate(run):
-                    vocabulary = self._facts.vocab_size
-                    found[lane] = logits_of(self._library, self._context(), row, vocabulary)
+            for run in runs(sorted(tokens), self.rows, self._fillers(tokens)):
+                found |= self._decode_run(run, tokens)
         except BaseException:
             for lane in tokens:
                 self.select(lane)
@@ -186,21 +183,36 @@ class LlamaCpp(Conversations):
             raise
         return found
 
-    def _decode_run(self, lanes: list[int], ids: list[int]) -> None:
-        """One token for each of several consecutive lanes."""
-        positions = np.array([self._ends[lane].position for lane in lanes], np.int32)
-        batch = native.token_batch(self._library, np.array(ids, np.int32), positions)
-        self._sequences.each(batch, lanes[0])
+    def _fillers(self, tokens: Mapping[int, int]) -> set[int]:
+        """Lanes that could take a token beside ``tokens``, and lose it again."""
+        room, last = self._capacity, self._facts.max_positions
+        return {
+            lane
+            for lane, end in enumerate(self._ends)
+            if lane not in tokens and end.cells < room and end.position < last
+        }
+
+    def _decode_run(self, run: range, tokens: Mapping[int, int]) -> dict[int, NDArray[np.float32]]:
+        """One token for each of several consecutive lanes; any for those that only fill a gap."""
+        positions = np.array([self._ends[lane].position for lane in run], np.int32)
+        ids = np.array([tokens.get(lane, 0) for lane in run], np.int32)
+        batch = native.token_batch(self._library, ids, positions)
+        self._sequences.each(batch, run.start)
         self._library.messages.clear()
         code = self._library.llama.llama_decode(self._context(), batch)
+        for lane in run:
+            if lane not in tokens:
+                self.select(lane)
+                self.rewind(self._end)
         if code != 0:
-            raise GenerationError(
-                f"llama.cpp could not evaluate {len(lanes)} answers together (code {code})"
-                f"{self._library.messages.last()}"
-            )
-        for lane in lanes:
-            end = self._ends[lane]
-            self._ends[lane] = Mark(end.cells + 1, end.position + 1)
+            raise self._failure(f"tokens of {len(run)} answers", code)
+        found = {}
+        for row, lane in enumerate(run):
+            if lane in tokens:
+                end = self._ends[lane]
+                self._ends[lane] = Mark(end.cells + 1, end.position + 1)
+                found[lane] = logits_of(self._library, self._context(), row, self._facts.vocab_size)
+        return found
 
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""

@@ -7,7 +7,7 @@ lane to lane, and that only lanes with consecutive numbers are evaluated in one 
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,20 @@ def lane_cells(lanes: int, needed: int, first: int, total: int) -> int | None:
     return cells if cells >= max(1, needed) else None
 
 
-def runs(lanes: Sequence[int], most: int) -> list[list[int]]:
-    """Ascending ``lanes`` cut where numbers are missing, and to at most ``most`` each."""
-    found: list[list[int]] = []
+def runs(lanes: Sequence[int], most: int, fillers: Collection[int] = ()) -> list[range]:
+    """Ascending ``lanes`` as ranges of at most ``most``; a single one missing may be filled.
+
+    A lane of ``fillers`` between two others costs one row more, but a run of its own for the rest
+    would read all weights again.
+    """
+    found: list[range] = []
     for lane in lanes:
-        if found and found[-1][-1] == lane - 1 and len(found[-1]) < most:
-            found[-1].append(lane)
+        last = found[-1] if found else range(-3, -2)
+        joined = lane == last.stop or (lane == last.stop + 1 and last.stop in fillers)
+        if joined and lane - last.start < most:
+            found[-1] = range(last.start, lane + 1)
         else:
-            found.append([lane])
+            found.append(range(lane, lane + 1))
     return found
 
 

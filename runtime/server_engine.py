@@ -106,7 +106,8 @@ class Job:
             self.cancelled.set()
             raise _too_late(self.seconds)
         try:
-            await asyncio.wait_for(self._ready.wait(), min(left, HEARTBEAT_SECONDS))
+            async with asyncio.timeout(min(left, HEARTBEAT_SECONDS)):
+                await self._ready.wait()
         except TimeoutError:
             return False
         return True

@@ -68,6 +68,35 @@ def test_lanes_give_the_logits_of_one_alone(session: Session, present: tuple[int
         found = lanes.decode_lanes({lane: SAID[lane][step] for lane in present[::-1]})
         for lane in present:
             np.testing.assert_array_equal(found[lane], expected[lane][step])
+    for lane in set(range(4)) - set(present):  # empty all along, and still
+        lanes.select(lane)
+        assert lanes.mark() == START
+        _prompt(lanes, lane)
+        np.testing.assert_array_equal(lanes.decode_tokens(SAID[lane][:1]), expected[lane][0])
+
+
+def test_a_lane_that_fills_a_gap_keeps_what_it_holds(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, lanes = _alone(session), _lanes(session)
+    lanes.rows = exact_rows(lanes, 4, session.tokenizer.length)
+    lanes.hold(4)
+    for lane in range(3):
+        _prompt(lanes, lane)
+    llama: Any = session.backend._library.llama  # type: ignore[attr-defined]
+    decode, sizes = llama.llama_decode, []
+
+    def count(context: Any, batch: Any) -> int:
+        sizes.append(batch.n_tokens)
+        return int(decode(context, batch))
+
+    monkeypatch.setattr(llama, "llama_decode", count)
+    found = lanes.decode_lanes({0: SAID[0][0], 2: SAID[2][0]})
+    assert sizes == ([3] if lanes.rows >= 3 else [1, 1])
+    later = lanes.decode_lanes({1: SAID[1][0]})
+    for lane in (0, 2):
+        np.testing.assert_array_equal(found[lane], expected[lane][0])
+    np.testing.assert_array_equal(later[1], expected[1][0])
 
 
 def test_rows_beyond_the_exact_ones_are_close(session: Session) -> None:
@@ -118,7 +147,7 @@ def test_a_refused_batch_leaves_every_lane_as_it_was(
         return int(decode(context, batch)) if len(calls) == 1 else 1
 
     monkeypatch.setattr(llama, "llama_decode", refuse)
-    with pytest.raises(GenerationError, match=r"could not evaluate 1 answers together \(code 1\)"):
+    with pytest.raises(GenerationError, match=r"could not evaluate the tokens of 1 answers"):
         lanes.decode_lanes({0: SAID[0][0], 1: SAID[1][0]})
     monkeypatch.undo()
     found = lanes.decode_lanes({0: SAID[0][0], 1: SAID[1][0]})
@@ -187,6 +216,11 @@ def test_cells_of_a_lane() -> None:
 
 
 def test_runs_of_lanes() -> None:
-    assert runs([0, 1, 2, 4, 5, 7], 8) == [[0, 1, 2], [4, 5], [7]]
-    assert runs([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4]]
+    assert runs([0, 1, 2, 4, 5, 7], 8) == [range(3), range(4, 6), range(7, 8)]
+    assert runs([0, 1, 2, 4, 5, 7], 8, {3}) == [range(6), range(7, 8)]
+    assert runs([0, 1, 2, 4, 5, 7], 8, {3, 6}) == [range(8)]
+    assert runs([0, 2, 4], 3, {1, 3}) == [range(3), range(4, 5)]
+    assert runs([0, 3], 8, {1, 2}) == [range(1), range(3, 4)]  # two missing: no gain
+    assert runs([0, 2], 1, {1}) == [range(1), range(2, 3)]
+    assert runs([0, 1, 2, 3, 4], 2) == [range(2), range(2, 4), range(4, 5)]
     assert runs([], 2) == []
