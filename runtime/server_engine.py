@@ -141,6 +141,7 @@ class Engine:
         self._metrics = metrics
         self._check = check
         self._max_waiting = max_waiting
+        self._parallel = parallel
         self._crew = Crew(parallel)
         self._running: list[Job] = []
         self._lines: OrderedDict[str, deque[Job]] = OrderedDict()
@@ -158,8 +159,9 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise _stopping()
-            if self.waiting >= self._max_waiting:
-                message = f"{self.waiting} questions are waiting already: try again in a moment"
+            begins_soon = self._parallel - len(self._running)  # of those in line
+            if (waiting := self.waiting - begins_soon) >= self._max_waiting:
+                message = f"{waiting} questions are waiting already: try again in a moment"
                 raise Problem(429, message, "queue_full", retry_after=1)
             self._lines.setdefault(who, deque()).append(job)
             self._changed.notify()
