@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from medmo_edge.errors import MedmoError
@@ -58,14 +58,13 @@ class Job:
         self._woken = False
 
     def push(self, item: Piece | Finished | Problem) -> None:
-        """From the model's thread: hand ``item`` to the reader."""
+        """From the model's thread: hand ``item`` to the reader, now."""
+        self.add(item)
+        _wake([self])
+
+    def add(self, item: Piece | Finished | Problem) -> None:
+        """The same, but the reader is told later, by ``push`` or ``_wake``."""
         self._items.append(item)
-        if not self._woken:  # one wake-up serves all pieces that arrive before the reader runs
-            self._woken = True
-            try:
-                self._loop.call_soon_threadsafe(self._ready.set)
-            except RuntimeError:  # the loop is closed: nobody reads any more
-                self.cancelled.set()
 
     async def begun(self) -> None:
         """Wait for the first piece, but no longer than a heartbeat.
@@ -123,6 +122,29 @@ class Job:
         raise AssertionError("a job ends with Finished or a Problem")
 
 
+def _wake(jobs: Sequence[Job]) -> None:
+    """Tell the readers of ``jobs`` that there is news, with one wake-up for all of a loop.
+
+    Whoever wakes the loop gives it the interpreter's lock, and waits to get it back.
+    """
+    by_loop: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+    for job in jobs:
+        if not job._woken:  # one wake-up serves all pieces that arrive before the reader runs
+            job._woken = True
+            by_loop.setdefault(job._loop, []).append(job)
+    for loop, news in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set, [job._ready for job in news])
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            for job in news:
+                job.cancelled.set()
+
+
+def _set(events: Sequence[asyncio.Event]) -> None:
+    for event in events:
+        event.set()
+
+
 class Engine:
     """The queue and its thread; ``close`` lets the running answers end."""
 
@@ -144,6 +166,7 @@ class Engine:
         self._parallel = parallel
         self._crew = Crew(parallel)
         self._running: list[Job] = []
+        self._news: list[Job] = []  # that have pieces of which nobody was told
         self._lines: OrderedDict[str, deque[Job]] = OrderedDict()
         self._changed = threading.Condition()
         self._closing = False
@@ -214,6 +237,8 @@ class Engine:
                 self._crew.advance()
             except Exception as error:  # the next questions may still be answered
                 self._crew.give_up(error)
+            _wake(self._news)
+            self._news.clear()
         self._crew.dismiss()
 
     def _next(self) -> Job | None:
@@ -235,7 +260,8 @@ class Engine:
 
     def _begin(self, job: Job) -> None:
         """Start the answer of ``job`` unless nobody wants it any more."""
-        reading = _Reading(job, self._metrics, self._check, self._running.remove)
+        over, later = self._running.remove, self._news.append
+        reading = _Reading(job, self._metrics, self._check, over, later)
         if job.cancelled.is_set():
             self._running.remove(job)
             return
@@ -261,17 +287,23 @@ class _Reading:
         metrics: Metrics,
         check: Callable[[], None],
         over: Callable[[Job], None],
+        later: Callable[[Job], None],
     ) -> None:
+        """``over``: takes a job that has ended; ``later``: one whose reader is to be woken."""
         self.choices: list[Choice] = []
         self._told = 0  # of the choices
         self._begun = False
-        self._job, self._metrics, self._check, self._over = job, metrics, check, over
+        self._job, self._metrics, self._check = job, metrics, check
+        self._over, self._later = over, later
 
     def piece(self, text: str) -> None:
         if not self._begun:
             self._begun = True
             self._metrics.first_token(time.monotonic() - self._job.asked_at)
-        self._job.push(Piece(text, self._news()))
+            self._job.push(Piece(text, self._fresh()))
+        else:  # the evaluation of the next tokens lets the readers run
+            self._job.add(Piece(text, self._fresh()))
+            self._later(self._job)
 
     def ended(self, answer: Answer) -> None:
         try:
@@ -283,7 +315,7 @@ class _Reading:
             self.failed(error)
         else:
             self._over(self._job)
-            self._job.push(Finished(answer, self._news()))
+            self._job.push(Finished(answer, self._fresh()))
 
     def failed(self, error: Exception) -> None:
         self._over(self._job)
@@ -296,7 +328,7 @@ class _Reading:
             message = "the answer failed: see the server's log"
             self._job.push(Problem(500, message, "internal_error"))
 
-    def _news(self) -> tuple[Choice, ...]:
+    def _fresh(self) -> tuple[Choice, ...]:
         new = tuple(self.choices[self._told :])
         self._told += len(new)
         return new
