@@ -1,10 +1,10 @@
 """Several answers at once, in one thread: each in a lane, their tokens evaluated together.
 
-In every round each answer that is in its prompt may evaluate a piece of it, for a moment in all,
-then all others get their next token, from one evaluation as far as the backend allows. Images that
-take long are encoded in a second thread meanwhile. An answer whose tokens might not fit into memory
-beside the running ones waits until they have ended. On a backend without lanes one answer runs at a
-time. Who comes next is decided elsewhere (server_engine.py).
+In every round the text of waiting prompts is evaluated, for a moment, and one image; then all
+others get their next token, from one evaluation as far as the backend allows. Images that take long
+are encoded in a second thread meanwhile. An answer whose tokens might not fit into memory beside
+the running ones waits until they have ended. On a backend without lanes one answer runs at a time.
+Who comes next is decided elsewhere (server_engine.py).
 """
 
 import threading
@@ -52,6 +52,7 @@ class _Seat:
     reader: Reader
     steps: Steps[Answer]
     step: Step | None = None  # before its first
+    heavy: bool = False  # its next piece of prompt encodes an image
     image: "Future[NDArray[np.float32]] | None" = field(default=None)
 
 
@@ -205,22 +206,30 @@ class Crew:
         return moved
 
     def _evaluate_prompts(self) -> bool:
-        """A piece of each prompt, until the running answers have waited long enough."""
-        moved, started = False, time.monotonic()
-        for seat in list(self._seats):
+        """Text of prompts, until the running answers have waited long enough, and one image."""
+        for seat in self._seats:
             if isinstance(seat.step, Encode) and seat.image is None:
                 self._encode(seat, seat.step)
-            if seat.step is not None and not isinstance(seat.step, Pause):
-                continue
-            if moved and time.monotonic() - started > _PROMPT_SECONDS:
-                break
-            before, start = seat.step, time.monotonic()
-            late = before is not None and seat.part.limits.reached()
-            self._resume(seat, error=Interrupted() if late else None)
-            if before is Pause.PROMPT:
-                self._longest = max(self._longest or 0.0, time.monotonic() - start)
-            moved |= seat.step is not before or before is not Pause.SHARED
+        moved, started = False, time.monotonic()
+        for seat in [seat for seat in self._seats if not seat.heavy]:
+            while not seat.heavy and time.monotonic() - started < _PROMPT_SECONDS:
+                if not self._evaluate_piece(seat):
+                    break
+                moved = True
+        for seat in [seat for seat in self._seats if seat.heavy][:1]:
+            moved |= self._evaluate_piece(seat)
         return moved
+
+    def _evaluate_piece(self, seat: _Seat) -> bool:
+        """The next piece of the prompt of ``seat``, if it is in its prompt and can go on."""
+        if seat not in self._seats or not (seat.step is None or isinstance(seat.step, Pause)):
+            return False
+        before, start, seat.heavy = seat.step, time.monotonic(), False
+        late = before is not None and seat.part.limits.reached()
+        self._resume(seat, error=Interrupted() if late else None)
+        if before is Pause.PROMPT:
+            self._longest = max(self._longest or 0.0, time.monotonic() - start)
+        return seat.step is not before or before is not Pause.SHARED
 
     def _evaluate_tokens(self) -> bool:
         """The next token of every answer that has one to evaluate."""
@@ -295,7 +304,7 @@ class Crew:
         brisk = self._pace is not None and self._pace * size < _BRISK_SECONDS
         if lanes is None or self._size == 1 or brisk:
             if all(each.image is None for each in self._seats):
-                seat.step = Pause.PROMPT  # it is encoded when its turn comes
+                seat.step, seat.heavy = Pause.PROMPT, True  # it is encoded when its turn comes
             return
         stop = seat.part.limits.interrupt
         seat.image = self._images.submit(self._encode_aside, lanes, step.resized_HWC, stop)
