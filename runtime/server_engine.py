@@ -20,6 +20,7 @@ from medmo_edge.runtime.server_problems import Problem, of_error
 from medmo_edge.runtime.session import Answer, Stream
 
 HEARTBEAT_SECONDS = 5.0
+_GATHER_SECONDS = 0.02  # pieces that come sooner after others than this leave together
 _GRACE_SECONDS = 5.0  # beyond a question's timeout, before its client is told without the model
 
 
@@ -54,12 +55,15 @@ class Job:
         self.cancelled = threading.Event()
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
+        self._complete = asyncio.Event()
         self._items: deque[Piece | Finished | Problem] = deque()
         self._woken = False
 
     def push(self, item: Piece | Finished | Problem) -> None:
         """From the model's thread: hand ``item`` to the reader, now."""
         self.add(item)
+        if not isinstance(item, Piece):
+            self._woken = False  # for the last time, whoever may have been told
         _wake([self])
 
     def add(self, item: Piece | Finished | Problem) -> None:
@@ -93,10 +97,19 @@ class Job:
                 yield batch
                 if isinstance(batch[-1], Finished):
                     return
+                await self._gather()
             if self._items and isinstance(problem := self._items[0], Problem):
                 raise problem
             if not self._items and not await self._news():
                 yield []
+
+    async def _gather(self) -> None:
+        """Let some more pieces come, but do not hold up the end."""
+        try:
+            async with asyncio.timeout(_GATHER_SECONDS):
+                await self._complete.wait()
+        except TimeoutError:
+            pass
 
     async def _news(self) -> bool:
         """Wait for a wake-up: False when there was none. Errors: Problem after the deadline."""
@@ -134,15 +147,17 @@ def _wake(jobs: Sequence[Job]) -> None:
             by_loop.setdefault(job._loop, []).append(job)
     for loop, news in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_set, [job._ready for job in news])
+            loop.call_soon_threadsafe(_tell, news)
         except RuntimeError:  # the loop is closed: nobody reads any more
             for job in news:
                 job.cancelled.set()
 
 
-def _set(events: Sequence[asyncio.Event]) -> None:
-    for event in events:
-        event.set()
+def _tell(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job._ready.set()
+        if job._items and not isinstance(job._items[-1], Piece):
+            job._complete.set()
 
 
 class Engine:
