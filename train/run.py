@@ -5,7 +5,6 @@ The output folder holds a folder per stage, as for recipes that start from a che
 ``checkpoint``. One process, one machine.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -26,7 +25,7 @@ from medmo_edge.train.radiology import read_radiology
 from medmo_edge.train.recipe import Recipe, load_recipe
 from medmo_edge.train.scene_stages import Learning, rewarded, taught
 from medmo_edge.train.scenes import Scene, chest_scene
-from medmo_edge.train.stage_plan import CARD
+from medmo_edge.train.stage_plan import CHECKPOINT, checkpoint_before, is_done
 from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.vocabulary import read_tokenizer, special_ids, train_tokenizer
 from medmo_edge.train.watch import Asker, look
@@ -34,7 +33,6 @@ from medmo_edge.train.writer import COORDS, processing, write_checkpoint
 
 HELD_OUT_SEED = 1_000_000  # phantoms from here on are never trained on
 CORPUS = 3000  # scenes whose questions and answers the tokenizer is trained on
-CHECKPOINT = "checkpoint"
 
 
 def train(
@@ -62,12 +60,12 @@ def train(
     target = output if stage is None else output / stage
     if not resume and target.exists() and any(target.iterdir()):
         raise UsageError(f"{target} is not empty: choose another folder, or go on with --resume")
-    start = base or _before(recipe, stages[0], output)
+    start = base or checkpoint_before(recipe.stages, stages[0], output)
     pictures = _read_data(recipe, stages, data)
     torch.set_num_threads(recipe.threads)
     for name in stages:
         one, folder = recipe.only(name), output / name
-        if not _is_done(folder / CHECKPOINT, one):
+        if not is_done(folder / CHECKPOINT, one.sha256):
             _train_stage(one, folder, pictures, start)
         start = folder / CHECKPOINT
     return output / stages[-1] / CHECKPOINT
@@ -78,20 +76,6 @@ def _chosen(recipe: Recipe, stage: str | None) -> tuple[str, ...]:
         known = ", ".join(recipe.stages)
         raise UsageError(f"recipe {recipe.name} has no stage {stage!r}: it has {known}")
     return recipe.stages if stage is None else (stage,)
-
-
-def _before(recipe: Recipe, stage: str, output: Path) -> Path | None:
-    """The checkpoint that ``stage`` starts from; None for the first."""
-    index = recipe.stages.index(stage)
-    if index == 0:
-        return None
-    folder = output / recipe.stages[index - 1] / CHECKPOINT
-    if not folder.is_dir():
-        raise UsageError(
-            f"stage {stage} starts from {folder}, which does not exist: train the stage before it, "
-            "or name a checkpoint with --base"
-        )
-    return folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,14 +110,6 @@ def _read_data(recipe: Recipe, stages: Sequence[str], data: Path | None) -> Pict
         blood_held_out=read_blood(folder, "val") if wants_blood else [],
         radiology_held_out=read_radiology(folder, "val") if wants_radiology else [],
     )
-
-
-def _is_done(checkpoint: Path, recipe: Recipe) -> bool:
-    try:
-        card = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(card.get("training", {}).get("recipe_sha256") == recipe.sha256)
 
 
 def _train_stage(recipe: Recipe, folder: Path, pictures: Pictures, start: Path | None) -> None:

@@ -22,7 +22,7 @@ from medmo_edge.train.picture_files import hollow_frame
 from medmo_edge.train.rewards import Case, case_of, require_applicable
 from medmo_edge.train.stages import RlStage, Stage, StagedRecipe
 
-CARD = "medmo_edge.json"
+CHECKPOINT, CARD = "checkpoint", "medmo_edge.json"
 _JUDGED = 256  # samples that rewards are tried on before a reinforcement stage begins
 # What may change when a stage is resumed; the loss curve stays the same without the first.
 _FREE = ("tuning", "save_every", "sharding", "offload", "gradient_checkpointing")
@@ -62,14 +62,6 @@ class Plan:
             "data": self.data,
             "skipped_samples": len(self.mixture.skipped),
         }
-
-    def is_done(self, checkpoint: Path) -> bool:
-        """Whether ``checkpoint`` is the result of this stage."""
-        try:
-            card = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(card.get("training", {}).get("recipe_sha256") == self.identity)
 
 
 def make_plans(
@@ -137,6 +129,32 @@ def _cases(mixture: Mixture) -> Iterator[Case]:
             count += 1
         if count >= _JUDGED:
             return
+
+
+def is_done(checkpoint: Path, identity: str) -> bool:
+    """Whether ``checkpoint`` is the result of the stage whose hash is ``identity``."""
+    try:
+        card = json.loads((checkpoint / CARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(card.get("training", {}).get("recipe_sha256") == identity)
+
+
+def checkpoint_before(stages: Sequence[str], stage: str, output: Path) -> Path | None:
+    """The checkpoint in ``output`` of the stage before ``stage``; None for the first of ``stages``.
+
+    Errors: UsageError when it does not exist.
+    """
+    index = stages.index(stage)
+    if index == 0:
+        return None
+    folder = output / stages[index - 1] / CHECKPOINT
+    if not folder.is_dir():
+        raise UsageError(
+            f"stage {stage!r} starts from {folder}, which does not exist: train the stage before "
+            "it, or name a checkpoint with --base"
+        )
+    return folder
 
 
 def require_place(output: Path, stages: Sequence[Stage], *, resume: bool) -> None:

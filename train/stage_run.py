@@ -28,7 +28,15 @@ from medmo_edge.train.packed_attention import use_packed
 from medmo_edge.train.parallel import Group, joined, spread, whole_weights
 from medmo_edge.train.prefetch import ahead
 from medmo_edge.train.recipe import read_document
-from medmo_edge.train.stage_plan import CARD, Plan, make_plans, require_place
+from medmo_edge.train.stage_plan import (
+    CARD,
+    CHECKPOINT,
+    Plan,
+    checkpoint_before,
+    is_done,
+    make_plans,
+    require_place,
+)
 from medmo_edge.train.stages import RlStage, Stage, StagedRecipe, read_stages
 from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.supervised import Supervised, build_optimizer
@@ -37,7 +45,7 @@ from medmo_edge.train.vision_cache import keep_features
 if TYPE_CHECKING:
     import torch
 
-CHECKPOINT, ADAPTER, FEATURES = "checkpoint", "adapter", "vision-cache"
+ADAPTER, FEATURES = "adapter", "vision-cache"
 _DRAWN_AHEAD = 2  # steps whose rows are made while one is learned from
 
 
@@ -69,7 +77,7 @@ def run_stages(
         group.wait()  # nobody makes a folder while another still looks
         for plan in plans:
             checkpoint = output / plan.stage.name / CHECKPOINT
-            if not plan.is_done(checkpoint):
+            if not is_done(checkpoint, plan.identity):
                 train_stage(plan, start, output / plan.stage.name, group)
             start = checkpoint
     return start
@@ -94,14 +102,8 @@ def _data_folder(name: str | Path, recipe: StagedRecipe, data: Path | None) -> P
 
 def _start(recipe: StagedRecipe, first: Stage, output: Path) -> Path:
     """Where the first of the chosen stages starts when nothing is said of it."""
-    index = recipe.stages.index(first)
-    if index:
-        before = output / recipe.stages[index - 1].name / CHECKPOINT
-        if not before.is_dir():
-            raise UsageError(
-                f"stage {first.name!r} starts from {before}, which does not exist: train the stage "
-                "before it, or name a checkpoint with --base"
-            )
+    before = checkpoint_before([one.name for one in recipe.stages], first.name, output)
+    if before is not None:
         return before
     if recipe.base != NANO and not Path(recipe.base).is_dir():
         raise UsageError(
