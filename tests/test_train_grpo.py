@@ -203,7 +203,12 @@ def test_groups_that_say_nothing_move_nothing(
         advantages_PG=np.zeros((2, 4)),
     )
     updates = []
-    figures = make_learner().learn(experience, lambda: updates.append(1))
+
+    def update() -> float:
+        updates.append(1)
+        return 0.0
+
+    figures = make_learner().learn(experience, update)
     assert figures["frac_reward_zero_std"] == 1 and figures["loss"] == 0 and len(updates) == 1
     assert all(p.grad is None for p in base.model.parameters())
     assert (figures["reward"], figures["completions/mean_length"]) == (0.75, 2.5)
@@ -227,11 +232,12 @@ def test_truncated_answers_are_masked_but_judged(
         )
         found: list[torch.Tensor] = []
 
-        def update() -> None:
+        def update() -> float:
             weight = base.model.model.language_model.norm.weight
             assert weight.grad is not None
             found.append(weight.grad.clone())
             base.model.zero_grad(set_to_none=True)
+            return 0.0
 
         make_learner({"mask_truncated_completions": masked}).learn(experience, update)
         return found[0]
@@ -249,10 +255,11 @@ def test_iterations_learn_several_times_from_the_same_answers(
     optimizer = torch.optim.SGD(base.model.parameters(), lr=3.0)
     updates = []
 
-    def update() -> None:
+    def update() -> float:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         updates.append(1)
+        return 0.0
 
     figures = learner.learn(experience, update)
     assert len(updates) == 3
@@ -266,10 +273,11 @@ def test_it_learns_what_is_rewarded(
     learner = make_learner(rewards={"format": 1.0})
     optimizer = torch.optim.AdamW(base.model.parameters(), lr=3e-3)
 
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
+    def update() -> float:
+        norm = torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     rewards = []
     for step in range(14):
@@ -303,10 +311,11 @@ def test_the_wanted_answer_is_one_more_of_its_group(
     np.testing.assert_allclose(experience.advantages_PG, -0.2 / 0.2**0.5, rtol=0.01)
     optimizer = torch.optim.AdamW(base.model.parameters(), lr=3e-3)
 
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
+    def update() -> float:
+        norm = torch.nn.utils.clip_grad_norm_(base.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     figures = [learner.learn(learner.collect(step, asked, 0.0), update) for step in range(8)]
     assert figures[0]["reward"] == 0 and figures[0]["completions/mean_length"] > 4

@@ -175,9 +175,12 @@ def test_loss_and_gradients_are_trls(setting: Setting, kind: Any, masked: bool) 
     expected = trl_loss(setting, stage, trl_inputs(setting, masked))
     reference = gradients(setting.base.model)
     found: dict[str, torch.Tensor] = {}
-    figures = learner(setting, stage).learn(
-        setting.experience, lambda: found.update(gradients(setting.base.model))
-    )
+
+    def update() -> float:
+        found.update(gradients(setting.base.model))
+        return 0.0
+
+    figures = learner(setting, stage).learn(setting.experience, update)
     assert figures["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found.keys() == reference.keys()
     largest = max(float(value.abs().max()) for value in reference.values())
@@ -212,7 +215,7 @@ def test_old_probabilities_and_the_reference_are_trls(
         inputs["ref_per_token_logps"] = log_probs(frozen, ids, seen, 8, **same)[0]
     losses: list[float] = []
 
-    def update() -> None:
+    def update() -> float:
         """After each update of ours: TRL's loss at the weights before it; then a large step."""
         ours = gradients(model)
         losses.append(trl_loss(setting, stage, inputs))
@@ -223,6 +226,7 @@ def test_old_probabilities_and_the_reference_are_trls(
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.sub_(0.05 * reference[name] / largest)
+        return 0.0
 
     clean = load_base(tiny_checkpoint, precision="float32").model  # without TRL's patched forward
     try:

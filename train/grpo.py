@@ -55,16 +55,12 @@ class Reinforced:
         rate = set_rates(self.optimizer, step, self.total, self.stage.tuning)
         threshold = self.stage.curriculum.threshold(step / self.total)
         experience = self.learner.collect(step, self._questions(step), threshold)
-        norms: list[float] = []
-
-        def move() -> None:
-            norms.append(update(self.optimizer, self.stage.tuning.clip_norm))
-
+        move = partial(update, self.optimizer, self.stage.tuning.clip_norm)
         own = self.learner.learn(experience, move)
         found = shared(own, self.learner.names(), self.group)
         tokens = sum(len(answer.ids) for group in experience.answers for answer in group)
         found["answer_tokens"] = self.group.total([float(tokens)])[0]
-        return {**found, "learning_rate": rate, "norm": sum(norms) / len(norms)}
+        return {**found, "learning_rate": rate}
 
     def _questions(self, step: int) -> list[Question]:
         """As many in every process: a sharded model is called by all of them or by none."""

@@ -168,21 +168,24 @@ class Learner:
     ) -> dict[str, Floats]:
         return score(questions, answers, self.decode, self.rewards, threshold)
 
-    def learn(self, experience: Experience, update: Callable[[], object]) -> dict[str, float]:
+    def learn(self, experience: Experience, update: Callable[[], float]) -> dict[str, float]:
         """Learn from ``experience`` in ``num_iterations`` updates; gives the figures of the step.
 
-        ``update`` takes the gradients that have been summed up, moves the weights and clears them.
+        ``update`` takes the gradients that have been summed up, moves the weights and clears them;
+        the mean of the norms that it returns is the figure "norm".
         """
         plan = _Plan.of(experience, self)
         sums: dict[str, float] = {}
+        norms: list[float] = []
         for iteration in range(self.objective.num_iterations):
             for index, batch in enumerate(plan.batches):
                 for name, value in self._backward(plan, index, batch, iteration).items():
                     sums[name] = sums.get(name, 0.0) + value
-            update()
+            norms.append(update())
         own = [answer for group in experience.answers for answer in group]
         found = figures(own, experience.values, experience.rewards_PG)
-        return found | ratios(sums, self.objective.num_iterations)
+        means = ratios(sums, self.objective.num_iterations)
+        return found | means | {"norm": sum(norms) / len(norms)}
 
     def _backward(
         self, plan: "_Plan", index: int, rows: Sequence[BranchRow], iteration: int
@@ -231,7 +234,7 @@ class Learner:
         """Every figure that ``learn`` can give."""
         rewards = [name for name, weight in self.rewards.items() if weight > 0]
         means = [f"rewards/{name}/{what}" for name in rewards for what in ("mean", "std")]
-        return (*FIGURES, *means, *(("kl",) if self.reference is not None else ()))
+        return (*FIGURES, *means, *(("kl",) if self.reference is not None else ()), "norm")
 
 
 def decoding_of(config: ModelConfig, tokens: int, groups: Groups) -> Decoding:

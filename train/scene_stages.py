@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -155,13 +156,8 @@ class Rewarded:
             group["lr"] = rate
         threshold = self.spec.curriculum.threshold(step / self.spec.steps)
         experience = self.learner.collect(step, drawn, threshold)
-        norms: list[float] = []
-
-        def move() -> None:
-            norms.append(update(self.optimizer, self.recipe.optimizer.clip_norm))
-
-        found = self.learner.learn(experience, move)
-        return {**found, "learning_rate": rate, "norm": sum(norms) / len(norms)}
+        move = partial(update, self.optimizer, self.recipe.optimizer.clip_norm)
+        return {**self.learner.learn(experience, move), "learning_rate": rate}
 
 
 def rewarded(
