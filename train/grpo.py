@@ -15,17 +15,9 @@ from typing import TYPE_CHECKING, Any
 from medmo_edge.errors import RecipeError, SampleError
 from medmo_edge.samples import Sample
 from medmo_edge.train.base_model import Base, load_base
-from medmo_edge.train.grpo_learner import (
-    CHUNK,
-    Learner,
-    Question,
-    decoding_of,
-    guided_question,
-)
+from medmo_edge.train.grpo_learner import CHUNK, Learner, Question, decoding_of, question_of
 from medmo_edge.train.mixture import Mixture
-from medmo_edge.train.packing import Chat, encode_sample
 from medmo_edge.train.parallel import Group, arithmetic
-from medmo_edge.train.rewards import case_of
 from medmo_edge.train.stages import RlStage, StagedRecipe
 from medmo_edge.train.steps import StepLoop
 from medmo_edge.train.supervised import set_rates, update
@@ -77,11 +69,8 @@ class Reinforced:
     def question(self, sample: Sample) -> Question:
         """The prompt of a sample and its truth. Errors: SampleError when it is too long."""
         base, limit = self.base, self.stage.rollouts.max_prompt_tokens
-        chat = Chat(tokenizer=base.tokenizer, template=base.template)
-        guided, limits = self.learner.guided, self.mixture.limits
-        encoded = encode_sample(sample, chat, limits, base.coords, answered=guided)
-        case = case_of(sample, encoded.geometries, base.coords)
-        found = guided_question(encoded, case) if guided else Question(prompt=encoded, case=case)
+        guided = self.learner.guided
+        found = question_of(sample, base.chat, self.mixture.limits, base.coords, guided=guided)
         if found.prompt.tokens > limit:
             raise SampleError(
                 f"sample {sample.id!r} needs {found.prompt.tokens} prompt tokens, "

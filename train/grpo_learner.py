@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medmo_edge.boxes import Coords
+from medmo_edge.images import Frame
 from medmo_edge.model_config import ModelConfig
+from medmo_edge.preprocess import Preprocessing
+from medmo_edge.samples import Sample
 from medmo_edge.train.branches import (
     BranchBatch,
     BranchRow,
@@ -25,16 +29,11 @@ from medmo_edge.train.branches import (
     split_rows,
 )
 from medmo_edge.train.grpo_figures import FIGURES, figures, ratios
-from medmo_edge.train.grpo_loss import (
-    Terms,
-    advantages,
-    policy_loss,
-    token_weights,
-)
-from medmo_edge.train.packing import IGNORE, Encoded
+from medmo_edge.train.grpo_loss import Terms, advantages, policy_loss, token_weights
+from medmo_edge.train.packing import IGNORE, Chat, Encoded, encode_sample
 from medmo_edge.train.parallel import without_exchange
 from medmo_edge.train.reinforcement import Groups, Objective
-from medmo_edge.train.rewards import Case, judge
+from medmo_edge.train.rewards import Case, case_of, judge
 from medmo_edge.train.rollouts import (
     Answer,
     Decoding,
@@ -62,6 +61,24 @@ class Question:
     prompt: Encoded
     case: Case
     truth: tuple[int, ...] = ()
+
+
+def question_of(
+    sample: Sample,
+    chat: Chat,
+    limits: Preprocessing,
+    coords: Coords,
+    *,
+    guided: bool,
+    frames: Sequence[Frame] | None = None,
+) -> Question:
+    """The question that a sample asks; ``guided`` with its wanted answer.
+
+    ``frames`` are its pictures where they are read already. Errors: SampleError.
+    """
+    encoded = encode_sample(sample, chat, limits, coords, frames=frames, answered=guided)
+    case = case_of(sample, encoded.geometries, coords)
+    return guided_question(encoded, case) if guided else Question(prompt=encoded, case=case)
 
 
 def guided_question(whole: Encoded, case: Case) -> Question:

@@ -18,12 +18,11 @@ from medmo_edge.train.architecture import build_model, load_weights
 from medmo_edge.train.asked import Asked, Shares, draw
 from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.collator import Batch
-from medmo_edge.train.grpo_learner import Learner, Question, decoding_of, guided_question
+from medmo_edge.train.grpo_learner import Learner, Question, decoding_of, question_of
 from medmo_edge.train.loop import Sampler, Trainer, build_optimizer, learning_rate
-from medmo_edge.train.packing import Chat, encode_sample
+from medmo_edge.train.packing import Chat
 from medmo_edge.train.recipe import Recipe
 from medmo_edge.train.reinforcement import Reinforcement
-from medmo_edge.train.rewards import case_of
 from medmo_edge.train.scenes import Scene
 from medmo_edge.train.supervised import update
 from medmo_edge.train.vocabulary import special_ids
@@ -116,10 +115,8 @@ class Asking:
 
     def question(self, asked: Asked) -> Question:
         """Prompt, truth and wanted answer of a sample."""
-        whole = encode_sample(
-            asked.sample, self.chat, self.limits, self.coords, frames=[asked.frame]
-        )
-        return guided_question(whole, case_of(asked.sample, whole.geometries, self.coords))
+        sample, frames = asked.sample, [asked.frame]
+        return question_of(sample, self.chat, self.limits, self.coords, guided=True, frames=frames)
 
 
 @dataclass(slots=True, kw_only=True)
