@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_tr
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of
+from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.reinforcement import Groups, Objective
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
 from medmo_edge.train.scene_stages import Asking
@@ -216,7 +217,7 @@ class Run:
             seed=settings.seed,
             row_tokens=2048,
             batch_tokens=4096,
-            precision=autocast,
+            precision=partial(arithmetic, self.model, Group(), "bfloat16"),
             guided=settings.guided,
         )
 
@@ -237,7 +238,7 @@ class Run:
             rows.append(branch_row(question.prompt, [question.truth], [index]))
             weights.append(len(question.truth) ** -0.5)
         batch = collate_branches(rows, self.model)
-        with autocast():
+        with self.learner.precision():
             known = self.learner.log_probs(self.model, batch)
         weight = torch.tensor(weights)[torch.from_numpy(batch.owners)]
         loss = -(known * weight).sum() / weight.sum()
@@ -290,11 +291,6 @@ class Run:
         rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
-
-
-def autocast() -> Any:
-    """bfloat16 where it is safe."""
-    return torch.autocast("cpu", torch.bfloat16)
 
 
 if __name__ == "__main__":

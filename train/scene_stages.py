@@ -21,6 +21,7 @@ from medmo_edge.train.collator import Batch
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of, question_of
 from medmo_edge.train.loop import Sampler, Trainer, build_optimizer, learning_rate
 from medmo_edge.train.packing import Chat
+from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.recipe import Recipe
 from medmo_edge.train.reinforcement import Reinforcement
 from medmo_edge.train.scenes import Scene
@@ -180,7 +181,7 @@ def rewarded(
         seed=recipe.seed,
         row_tokens=recipe.rl.row_tokens,
         batch_tokens=2 * recipe.rl.row_tokens,
-        precision=_autocast,
+        precision=partial(arithmetic, model, Group(), "bfloat16"),
         guided=recipe.rl.rollouts.guided,
     )
     return Rewarded(
@@ -193,9 +194,3 @@ def rewarded(
         optimizer=build_optimizer([model], recipe),
         limits=asking.limits,
     )
-
-
-def _autocast() -> Any:
-    import torch
-
-    return torch.autocast("cpu", torch.bfloat16)
