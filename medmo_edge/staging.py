@@ -3,7 +3,8 @@
 A writer that is killed leaves its folder behind; the next one of the same place removes it, but
 only where it is certain that nobody writes there any more: the folder's name says under which boot
 of which machine it was made and by which process, and a lock on it lasts as long as that process.
-What is in the folders, and the renaming, are the writer's business.
+What is in the folders is the writer's business; so is the renaming, for which ``take_place`` is
+there where an older folder may have to go.
 """
 
 import os
@@ -44,6 +45,30 @@ def staging_folder(target: Path) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def take_place(staging: Path, target: Path, *, durable: bool = False) -> None:
+    """Rename ``staging`` to ``target``; an older folder of that name is removed only after that.
+
+    ``durable`` removes it only when the new name is on the disk, past a power cut. Errors: OSError.
+    """
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a writer that was killed
+    if target.exists():
+        target.rename(old)
+    staging.rename(target)
+    if durable:
+        sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Return when the file or folder is on the disk: a power cut could lose a name before."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove_abandoned(target: Path) -> None:

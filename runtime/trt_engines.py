@@ -8,8 +8,6 @@ before a library sees the file. Building is in ``trt_build``, loading in ``trt_s
 import json
 import os
 import platform
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -21,7 +19,7 @@ from medmo_edge.manifest import Manifest
 from medmo_edge.runtime.device import Device, release_numbers
 from medmo_edge.runtime.trt_fit import Recipe
 from medmo_edge.runtime.trt_library import Library
-from medmo_edge.staging import staging_folder
+from medmo_edge.staging import staging_folder, take_place
 
 FOLDER, RECORD = "engines", "engine.json"
 TIMING_CACHE = "timing.cache"
@@ -223,23 +221,12 @@ def new_engine_folder(target: Path) -> Iterator[Path]:
     try:
         with staging_folder(target) as staging:
             yield staging
-            _take_place(staging, target)
+            take_place(staging, target)
     except OSError as error:
         raise ArtifactError(
             f"cannot write engines to {target.parent}: {error.strerror or error}: choose a "
             f"folder with -o and name it in {VARIABLE}"
         ) from error
-
-
-def _take_place(staging: Path, target: Path) -> None:
-    """Rename over an older folder, which is removed only after that."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
-    target.rename(old)
-    staging.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def kept_timing_cache(folders: Iterable[Path]) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from medmo_edge import staging
-from medmo_edge.staging import staging_folder
+from medmo_edge.staging import staging_folder, take_place
 
 WRITER = """
 import sys, time
@@ -123,6 +123,18 @@ def test_one_reason_to_doubt_is_enough_to_leave_it(
     assert caplog.messages == [
         f"{folder} is left alone, it may be in use: remove it if nobody writes {tmp_path / 'a'}"
     ]
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_an_older_folder_gives_its_place(durable: bool, tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    for name in ("a", ".a.old"):  # of a writer that was killed between its two renames
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").write_bytes(b"stale")
+    with staging_folder(target) as folder:
+        (folder / "whole").write_bytes(b"whole")
+        take_place(folder, target, durable=durable)
+    assert os.listdir(tmp_path) == ["a"] and os.listdir(target) == ["whole"]
 
 
 def test_where_no_lock_can_be_had_nothing_is_promised(

@@ -5,37 +5,27 @@ out older ones, are in ``state``.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from medmo_edge.train.state import sync
+from medmo_edge.staging import staging_folder, sync, take_place
 
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of ``folder`` when the block ends without an error.
 
-    At no time is half of one there; what an error leaves beside it goes at the next try. Errors:
-    OSError.
+    At no time is half of one there. An error leaves nothing; what a killed writer leaves beside it
+    goes at the next try. Errors: OSError.
     """
-    staging = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    for path in staging.iterdir():
-        sync(path)
-    sync(staging)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(staging, folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with staging_folder(folder) as staging:
+        yield staging
+        for path in staging.iterdir():
+            sync(path)
+        sync(staging)
+        take_place(staging, folder, durable=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from medmo_edge.errors import UsageError
+from medmo_edge.staging import sync
 
 MARK = "COMPLETE"
 KEEP = 2  # the newest steps; older ones are removed
@@ -67,15 +68,6 @@ def _finish(staging: Path, folder: Path, mark: Mapping[str, Any]) -> None:
         raise
     for old in complete_steps(folder.parent)[:-KEEP]:
         shutil.rmtree(old)
-
-
-def sync(path: Path) -> None:
-    """Return when the file or folder is on the disk: a power cut could lose a name before."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def complete_steps(output: Path) -> list[Path]:
