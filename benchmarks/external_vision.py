@@ -66,7 +66,7 @@ class Tower:
 
 def measure(session: Session, tower: Tower, frame: Frame) -> dict[str, Any]:
     """One picture both ways."""
-    chat, backend = session._chat, session._backend
+    chat, backend = session._chat, session.backend
     assert isinstance(backend, LlamaCpp)
     picture = chat.picture(frame)
     kept, rest = chat.prompt("Locate the nodule.", [picture])

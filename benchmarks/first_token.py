@@ -162,7 +162,7 @@ def _ours(row: str, side: int, folder: Path, options: argparse.Namespace) -> dic
             assert isinstance(backend, LlamaCpp)
             manifest = read_manifest(tower, verify=False)
             backend = Combined(backend, manifest, threads=options.threads)
-            session._backend = session._prefixes._backend = backend
+            session._stage.backend = session._stage.prefixes._backend = backend
         small = Frame.from_pixels(_pixels(256))
         session.ask(small, _QUESTION, max_new_tokens=1)  # pages in the weights
         frame = Frame.from_pixels(_pixels(side))

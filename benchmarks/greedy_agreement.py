@@ -154,17 +154,17 @@ def our_answer(
     session: Session, frame: Frame, question: str
 ) -> tuple[list[int], list[int], NDArray[np.float32]]:
     """Prompt ids, greedy tokens (end of text included) and the logits [T, V] they came from."""
-    chat, backend = session._chat, session._backend
+    chat, backend = session._chat, session.backend
     picture = chat.picture(frame)
     kept, rest = chat.prompt(question, [picture])
     prefix = Prefix(kept, chat.segments(kept, [picture]))
-    session._prefixes.bring(prefix, Cost())
+    session._stage.prefixes.bring(prefix, Cost())
     scores = [backend.decode_tokens(rest)[: chat.tokenizer.length]]
     tokens = [int(scores[-1].argmax())]
     while tokens[-1] not in chat.eos_token_ids and len(tokens) < MAX_TOKENS:
         scores.append(backend.decode_tokens(tokens[-1:])[: chat.tokenizer.length])
         tokens.append(int(scores[-1].argmax()))
-    session._prefixes.forget(prefix)
+    session._stage.prefixes.forget(prefix)
     return kept + rest, tokens, np.stack(scores)
 
 

@@ -69,6 +69,7 @@ class Observer:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._stage = session._stage
         self._chat = session._chat
         self._study: Study | None = None
         self._frames: tuple[Frame, ...] = ()
@@ -79,20 +80,18 @@ class Observer:
         pictures = [chat.picture(frame) for frame in frames]
         return Seen(
             patches=tuple(patchify(each.resized_HWC, chat.preprocessing) for each in pictures),
-            features=tuple(
-                self._session._backend.encode_image(each.resized_HWC) for each in pictures
-            ),
+            features=tuple(self._stage.backend.encode_image(each.resized_HWC) for each in pictures),
         )
 
     def ask(self, frames: Sequence[Frame], question: str, max_new_tokens: int) -> Observed:
         """Ask as an application would. Errors: as ``Study.ask``."""
         study = self._study_of(tuple(frames))
-        recorder = _Recorder(self._session._backend)
-        self._session._backend = recorder
+        recorder = _Recorder(self._stage.backend)
+        self._stage.backend = recorder
         try:
             answer = study.ask(question, max_new_tokens=max_new_tokens)
         finally:
-            self._session._backend = recorder._backend
+            self._stage.backend = recorder._backend
         logits_TV = np.stack(recorder.logits)[:, : self._chat.tokenizer.length]
         prefix, rest = self._prompt(study, question)
         return Observed(
@@ -110,9 +109,8 @@ class Observer:
         """
         study = self._study_of(tuple(frames))
         prefix, rest = self._prompt(study, question)
-        session = self._session
-        session._prefixes.bring(prefix, Cost())
-        backend, length = session._backend, self._chat.tokenizer.length
+        self._stage.prefixes.bring(prefix, Cost())
+        backend, length = self._stage.backend, self._chat.tokenizer.length
         rows = [backend.decode_tokens([*rest, *tokens[:start]])[:length]]
         for token in tokens[start:-1]:
             rows.append(backend.decode_tokens([token])[:length])
@@ -124,15 +122,15 @@ class Observer:
         """The tokens ``begun`` and how the model greedily goes on after them."""
         study = self._study_of(tuple(frames))
         prefix, rest = self._prompt(study, question)
-        session, length = self._session, self._chat.tokenizer.length
-        session._prefixes.bring(prefix, Cost())
+        self._stage.prefixes.bring(prefix, Cost())
+        backend, length = self._stage.backend, self._chat.tokenizer.length
         tokens = list(begun)
-        logits = session._backend.decode_tokens([*rest, *tokens])
+        logits = backend.decode_tokens([*rest, *tokens])
         while len(tokens) < max_new_tokens:
             tokens.append(int(logits[:length].argmax()))
             if tokens[-1] in self._chat.eos_token_ids:
                 break
-            logits = session._backend.decode_tokens(tokens[-1:])
+            logits = backend.decode_tokens(tokens[-1:])
         return tuple(tokens)
 
     def read_boxes(self, frames: Sequence[Frame], text: str) -> tuple[Box, ...]:

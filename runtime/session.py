@@ -33,7 +33,7 @@ from medmo_edge.runtime.generate import (
     Outcome,
     changed_options,
 )
-from medmo_edge.runtime.prefixes import Cost, Prefix, PrefixCache
+from medmo_edge.runtime.prefixes import Cost, Prefix
 from medmo_edge.runtime.sampling import Choice, Sampler
 from medmo_edge.runtime.stage import Part, Stage
 from medmo_edge.runtime.steps import Pause, Steps
@@ -257,18 +257,6 @@ class Session:
     def backend(self) -> Backend:
         """What computes the answers; its ``name`` and ``device`` are for reports."""
         return self._stage.backend
-
-    @property
-    def _backend(self) -> Backend:
-        return self._stage.backend
-
-    @_backend.setter
-    def _backend(self, backend: Backend) -> None:
-        self._stage.backend = backend
-
-    @property
-    def _prefixes(self) -> PrefixCache:
-        return self._stage.prefixes
 
     @property
     def tokenizer(self) -> Tokenizer:

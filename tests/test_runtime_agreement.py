@@ -73,9 +73,9 @@ def fresh_logits(session: Session) -> Callable[[Study, str], NDArray[np.float32]
     def compute(study: Study, question: str) -> NDArray[np.float32]:
         ids, rest = session._chat.prompt(question, study._pictures)
         prefix = Prefix(ids, session._chat.segments(ids, study._pictures))
-        session._prefixes._residents.clear()
-        PrefixCache(session._backend, 0).bring(prefix, Cost())
-        return session._backend.decode_tokens(rest)
+        session._stage.prefixes._residents.clear()
+        PrefixCache(session.backend, 0).bring(prefix, Cost())
+        return session.backend.decode_tokens(rest)
 
     return compute
 
@@ -86,7 +86,7 @@ class _Logits:
     def __init__(self, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
         self.after_prompt: list[NDArray[np.float32]] = []
         self.tokens, self.images = 0, 0
-        backend = session._backend
+        backend = session.backend
         decode, append = backend.decode_tokens, backend.append_image
 
         def decode_tokens(ids: list[int]) -> NDArray[np.float32]:
@@ -243,7 +243,7 @@ def test_interleaved_studies_do_not_disturb_each_other(
     monkeypatch: pytest.MonkeyPatch,
     fresh_logits: Callable[[Study, str], NDArray[np.float32]],
 ) -> None:
-    monkeypatch.setattr(session._prefixes, "_budget_bytes", budget)
+    monkeypatch.setattr(session._stage.prefixes, "_budget_bytes", budget)
     sizes = [[(224, 224)], [(448, 96), (64, 64)], [(100, 300)]]
     studies = [
         session.study([_frame(*size, seed) for size in group]) for seed, group in enumerate(sizes)
@@ -267,7 +267,7 @@ def test_native_work_stops_in_the_middle_and_rolls_back(
 ) -> None:
     study = session.study(_frame(448, 320))
     expected = fresh_logits(study, "Is it?")
-    backend = session._backend
+    backend = session.backend
     backend.rewind(START)
     backend.decode_tokens([5, 6, 7])
     before = backend.mark()
@@ -314,7 +314,7 @@ def test_cancelling_from_another_thread(session: Session) -> None:
 
 @pytest.mark.parametrize("work", ["text", "image"])
 def test_ctrl_c_during_native_work_is_delivered_afterwards(work: str, session: Session) -> None:
-    backend = session._backend
+    backend = session.backend
     backend.rewind(START)
 
     def press() -> bool:
@@ -359,5 +359,5 @@ def test_open_and_close_again_and_again(artifact: Path) -> None:
         opened.close()
         opened.close()
         with pytest.raises(GenerationError, match="closed"):
-            opened._backend.decode_tokens([1])
+            opened.backend.decode_tokens([1])
     assert len(texts) == 1

@@ -56,7 +56,7 @@ def test_a_vision_tower_beside_is_watched_too(tiny_artifact: Path, tmp_path: Pat
     shutil.copytree(tiny_artifact, folder)
     with load("fake:yes") as session:
         tower = read_manifest(folder, verify=False)
-        session._backend.tower_manifest = tower  # type: ignore[attr-defined]
+        session.backend.tower_manifest = tower  # type: ignore[attr-defined]
         watch = ArtifactWatch.of(session)
         assert not watch.changed()
         _rewrite(folder / "tokenizer.json")

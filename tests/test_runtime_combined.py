@@ -49,8 +49,8 @@ def test_logits_agree_with_the_whole_model_in_fp32(
         picture = session._chat.picture(Frame.from_pixels(_pixels(*size)))
         ids, rest = session._chat.prompt("Locate the nodule.", [picture])
         segments = session._chat.segments(ids, [picture])
-        session._prefixes.bring(Prefix(ids, segments), Cost())
-        expected = session._backend.decode_tokens(rest)
+        session._stage.prefixes.bring(Prefix(ids, segments), Cost())
+        expected = session.backend.decode_tokens(rest)
     combined.rewind(START)
     for segment in segments:
         if isinstance(segment, list):

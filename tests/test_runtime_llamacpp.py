@@ -33,7 +33,7 @@ def test_a_growing_context_changes_nothing(
     )  # grows in images, in text and in the answer
     with load(tiny_artifact, threads=1) as grown:
         found = grown.ask(frames, "Describe this medical image.", max_new_tokens=120)
-        assert grown._backend._capacity >= expected.timings.prompt_tokens + 119  # type: ignore[attr-defined]
+        assert grown.backend._capacity >= expected.timings.prompt_tokens + 119  # type: ignore[attr-defined]
     assert found.text == expected.text
 
 

@@ -41,8 +41,8 @@ def test_embeddings_equal_those_of_transformers(
 ) -> None:
     with load(tiny_untied_artifact, threads=1) as session:
         picture = _picture(session, *size)
-        found = session._backend.encode_image(picture.resized_HWC)
-        assert session._backend.mark() == START
+        found = session.backend.encode_image(picture.resized_HWC)
+        assert session.backend.mark() == START
     expected = _reference(tiny_untied_checkpoint, picture)
     assert found.shape == expected.shape == (picture.num_tokens, 4 * 256)
     # f16 weights; measured 0.0027
@@ -54,7 +54,7 @@ def test_embeddings_from_outside_give_the_same_logits(
     size: tuple[int, int], tiny_artifact: Path
 ) -> None:
     with load(tiny_artifact, threads=1) as session:
-        backend = session._backend
+        backend = session.backend
         assert isinstance(backend, LlamaCpp)
         pixels = _picture(session, *size).resized_HWC
         backend.decode_tokens([1, 2, 3])

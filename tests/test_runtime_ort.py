@@ -58,7 +58,7 @@ def test_every_target_runs_and_agrees_with_fp32_in_shape(target: str, tiny_artif
     logits = {}
     for name in ("onnx-fp32", target):
         with load(tiny_artifacts(name), threads=1) as session:
-            backend = session._backend
+            backend = session.backend
             backend.append_image(_frame(96, 64).pixels)
             logits[name] = backend.decode_tokens([1, 2, 3])
     # Random weights: a bound on the kind of error, not on accuracy.
@@ -112,7 +112,7 @@ def _forced(
     session: Session, prompt: tuple[list[int], list[int]], pixels: Any, ids: list[int]
 ) -> NDArray[np.float32]:
     """Logits [T, V] along a given answer."""
-    backend = session._backend
+    backend = session.backend
     backend.rewind(START)
     backend.decode_tokens(prompt[0])
     backend.append_image(pixels)
@@ -130,7 +130,7 @@ def test_a_growing_cache_changes_nothing(
         monkeypatch.setattr(ort_module, "FIRST_CELLS", cells)
         with load(tiny_artifacts("onnx-fp32"), threads=1) as session:
             answer = session.ask(frames, "Describe this medical image.", max_new_tokens=60)
-            assert session._backend._decoder.cells >= answer.timings.prompt_tokens + 59  # type: ignore[attr-defined]
+            assert session.backend._decoder.cells >= answer.timings.prompt_tokens + 59  # type: ignore[attr-defined]
         texts.append(answer.text)
     assert texts[0] == texts[1]
 
@@ -144,8 +144,8 @@ def test_chunks_of_any_length_change_nothing(
         monkeypatch.setattr(ort_decoder, "CHUNK", chunk)
         monkeypatch.setattr(ort_module, "CHUNK", chunk)
         with load(tiny_artifacts("onnx-fp32"), threads=1) as session:
-            session._backend.append_image(_frame(160, 96).pixels)
-            logits.append(session._backend.decode_tokens(ids))
+            session.backend.append_image(_frame(160, 96).pixels)
+            logits.append(session.backend.decode_tokens(ids))
     assert np.abs(logits[0] - logits[1]).max() < 1e-4
 
 
@@ -171,7 +171,7 @@ def test_a_cache_that_cannot_grow_leaves_the_study_usable(
 
 def test_the_cache_is_written_in_place(tiny_artifacts: Tiny) -> None:
     with load(tiny_artifacts("onnx-fp32"), threads=1) as session:
-        backend = session._backend
+        backend = session.backend
         assert isinstance(backend, Ort)
         decoder = backend._decoder
         assert decoder is not None
@@ -187,7 +187,7 @@ def test_the_cache_is_written_in_place(tiny_artifacts: Tiny) -> None:
 
 def test_saved_bytes_hold_only_the_cells_in_use(tiny_artifacts: Tiny) -> None:
     with load(tiny_artifacts("onnx-fp32"), threads=1) as session:
-        backend = session._backend
+        backend = session.backend
         backend.decode_tokens([1, 2, 3])
         state, mark = backend.save(), backend.mark()
         assert state.nbytes == 3 * ort_fit.cell_bytes(session.manifest)
