@@ -17,6 +17,7 @@ from medmo_edge.runtime import ort_native as native
 from medmo_edge.runtime.backends import Mark
 from medmo_edge.runtime.llamacpp import LlamaCpp
 from medmo_edge.runtime.ort_vision import Vision
+from medmo_edge.runtime.spans import grid_span
 
 NAME = "llamacpp+ort"
 
@@ -96,7 +97,7 @@ class Combined:
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
         height, width = (side // self._factor for side in resized_HWC.shape[:2])
-        self._decoder.reserve(height * width, max(height, width))
+        self._decoder.reserve(grid_span(height, width))  # before the tower works in vain
         self._decoder.append_rows(self.encode_image(resized_HWC), height, width)
 
     def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:

@@ -34,10 +34,12 @@ from medmo_edge.runtime.gguf_header import (
 )
 from medmo_edge.runtime.llamacpp_context import BATCH, Conversations
 from medmo_edge.runtime.llamacpp_lanes import logits_of, runs
+from medmo_edge.runtime.spans import grid_span, text_span
 
 NAME = "llamacpp"
 _MAX_IMAGE_TOKENS = 1 << 20
 _ABORTED = 2  # llama_decode
+_ONE_TOKEN = text_span(1)
 
 
 def unavailable() -> str | None:
@@ -149,9 +151,7 @@ class LlamaCpp(Conversations):
 
     def decode_tokens(self, ids: list[int]) -> NDArray[np.float32]:
         """See ``Backend``."""
-        if not ids:
-            raise ValueError("decode_tokens needs at least one token")
-        self.reserve(len(ids), len(ids))
+        self.reserve(text_span(len(ids)))
         start = self._end
         for first in range(0, len(ids), BATCH):
             self._decode_batch(np.array(ids[first : first + BATCH], dtype=np.int32), start)
@@ -171,7 +171,7 @@ class LlamaCpp(Conversations):
         """See ``Lanes``."""
         for lane in tokens:
             self.select(lane)
-            self.reserve(1, 1)
+            self.reserve(_ONE_TOKEN)
         before, found = list(self._ends), dict[int, NDArray[np.float32]]()
         try:
             for run in runs(sorted(tokens), self.rows, self._fillers(tokens)):
@@ -217,7 +217,7 @@ class LlamaCpp(Conversations):
     def append_image(self, resized_HWC: NDArray[np.uint8]) -> None:
         """See ``Backend``."""
         height, width = self._token_grid(resized_HWC)
-        self.reserve(height * width, max(height, width))
+        self.reserve(grid_span(height, width))  # before the tower works in vain
         self.append_rows(self.encode_image(resized_HWC), height, width)
 
     def append_encoded(self, resized_HWC: NDArray[np.uint8], rows_NR: NDArray[np.float32]) -> None:
@@ -251,10 +251,10 @@ class LlamaCpp(Conversations):
 
         The rows may come from another backend of the same checkpoint. Errors: as ``append_image``.
         """
-        self.reserve(height * width, max(height, width))
-        start = self._end
-        positions = vision.image_positions(height, width, start.position)
-        for first in range(0, height * width, BATCH):
+        span = grid_span(height, width)
+        end, start = self.reserve(span), self._end
+        positions = vision.image_positions(span, start.position)
+        for first in range(0, span.cells, BATCH):
             rows = np.ascontiguousarray(rows_NR[first : first + BATCH], np.float32)
             places = np.ascontiguousarray(positions[:, first : first + BATCH])
             silent = np.zeros(len(rows), np.int8)
@@ -263,7 +263,7 @@ class LlamaCpp(Conversations):
             with self._work():
                 code = self._library.llama.llama_decode(self._context(), batch)
             self._check(code, start, "image")
-        self._end = Mark(start.cells + height * width, start.position + max(height, width))
+        self._end = end
 
     def _token_grid(self, resized_HWC: NDArray[np.uint8]) -> tuple[int, int]:
         factor = self._preprocessing.factor

@@ -19,6 +19,7 @@ from medmo_edge.runtime import llamacpp_native as native
 from medmo_edge.runtime.backends import START, Mark
 from medmo_edge.runtime.device import Device
 from medmo_edge.runtime.llamacpp_lanes import SequenceIds, into_lane, lane_cells, out_of_lane
+from medmo_edge.runtime.spans import Span, end_behind
 
 BATCH = 512  # tokens evaluated at once; more costs memory without being faster on CPUs
 
@@ -92,20 +93,17 @@ class Conversations:
             self._library.llama.llama_memory_seq_rm(memory, self._lane, mark.position, -1)
         self._end = mark
 
-    def reserve(self, cells: int, positions: int) -> None:
-        """Make room, by a larger context if needed. Errors: GenerationError when there is none."""
-        needed = self._end.cells + cells
-        if needed > self.max_cells:
-            raise GenerationError(
-                f"{needed} tokens do not fit the context of {self.max_cells}: use smaller or "
-                "fewer images, or a shorter question"
-            )
-        if self._end.position + positions > self._facts.max_positions:
-            raise GenerationError(
-                f"the conversation is longer than the model's {self._facts.max_positions} positions"
-            )
-        if needed > self._capacity:
-            self._grow(needed)
+    def reserve(self, span: Span) -> Mark:
+        """Make room for ``span``, by a larger context if needed; returns the end behind it.
+
+        Errors: GenerationError when there is none.
+        """
+        end = end_behind(
+            self._end, span, max_cells=self.max_cells, max_positions=self._facts.max_positions
+        )
+        if end.cells > self._capacity:
+            self._grow(end.cells)
+        return end
 
     def _grow(self, needed: int) -> None:
         cells = self._cells(len(self._ends), needed, self._capacity)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.errors import GenerationError
-from medmo_edge.preprocess import mrope_positions
 from medmo_edge.runtime.llamacpp_native import Library
+from medmo_edge.runtime.spans import Span
 
 _IMAGE_CHUNK = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
 _SECTIONS = 4  # rope positions of one embedding: time, row, column and one that Qwen leaves zero
@@ -75,13 +75,10 @@ def output_rows(library: Library, vision: int, shape: tuple[int, int]) -> NDArra
     return rows_NR
 
 
-def image_positions(height: int, width: int, start: int) -> NDArray[np.int32]:
-    """Rope positions [4, N] of an image of ``height`` x ``width`` tokens that begins at start."""
-    positions, _ = mrope_positions(
-        [0] * (height * width), [(1, height, width)], image_token_id=0, merge_size=1
-    )
-    sections = np.zeros((_SECTIONS, height * width), np.int32)
-    sections[: len(positions)] = positions + start
+def image_positions(span: Span, start: int) -> NDArray[np.int32]:
+    """Rope positions [4, N] of an image that takes ``span`` from position ``start`` on."""
+    sections = np.zeros((_SECTIONS, span.cells), np.int32)
+    sections[: len(span.offsets)] = span.offsets + start
     return sections
 
 

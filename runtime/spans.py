@@ -43,6 +43,11 @@ def text_span(length: int) -> Span:
 def image_span(resized_HWC: NDArray[np.uint8], factor: int) -> Span:
     """The places of a picture's vision tokens, each of ``factor`` x ``factor`` pixels."""
     height, width = (side // factor for side in resized_HWC.shape[:2])
+    return grid_span(height, width)
+
+
+def grid_span(height: int, width: int) -> Span:
+    """The places of ``height`` x ``width`` vision tokens of one picture."""
     offsets, _ = mrope_positions(
         [0] * (height * width), [(1, height, width)], image_token_id=0, merge_size=1
     )

@@ -12,6 +12,7 @@ from medmo_edge.runtime.backends import START
 from medmo_edge.runtime.chat import Picture
 from medmo_edge.runtime.llamacpp import LlamaCpp
 from medmo_edge.runtime.session import Session, load
+from medmo_edge.runtime.spans import grid_span
 
 LAYOUTS = [(224, 224), (448, 96), (130, 700)]
 
@@ -69,5 +70,5 @@ def test_embeddings_from_outside_give_the_same_logits(
 
 
 def test_positions_of_an_image_start_where_the_text_ended() -> None:
-    found = llamacpp_vision.image_positions(2, 3, 7)
+    found = llamacpp_vision.image_positions(grid_span(2, 3), 7)
     assert found.tolist() == [[7] * 6, [7, 7, 7, 8, 8, 8], [7, 8, 9, 7, 8, 9], [0] * 6]
