@@ -1,14 +1,14 @@
 """The token loop: draw, decode, stop; text leaves in pieces that are final when they leave.
 
 It starts from the logits after the prompt and knows neither images nor chats, nor who evaluates the
-tokens that it draws (steps.py). End-of-text tokens
-and stop strings are never emitted, also when a stop string spreads over several tokens. A full
-context ends an answer as its length limit does; a cancelled or late one keeps what was said.
+tokens that it draws (steps.py). End-of-text tokens and stop strings are never emitted, also when a
+stop string spreads over several tokens. A full context ends an answer as its length limit does; a
+cancelled or late one keeps what was said.
 """
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medmo_edge.errors import UsageError
-from medmo_edge.runtime.backends import Backend, Interrupted
+from medmo_edge.runtime.backends import Interrupted
 from medmo_edge.runtime.sampling import Sampler, Sampling
-from medmo_edge.runtime.steps import Decode, Steps, pieces
+from medmo_edge.runtime.steps import Decode, Steps
 from medmo_edge.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout"]
@@ -142,24 +142,6 @@ class Outcome:
     seconds: float
 
 
-def generate(
-    backend: Backend,
-    logits_V: NDArray[np.float32],
-    sampler: Sampler,
-    text: TextStream,
-    eos_token_ids: Sequence[int],
-    options: GenerationOptions,
-    limits: Limits,
-) -> Generator[str, None, Outcome]:
-    """Yield the answer piece by piece, starting from the logits after the prompt; returns its end.
-
-    Errors: GenerationError from the sampler or the backend.
-    """
-    room = backend.max_cells - backend.mark().cells
-    decoding = Decoding(sampler, text, eos_token_ids, options, limits, room)
-    return (yield from pieces(backend, decoding.steps(logits_V)))
-
-
 @dataclass(slots=True)
 class Decoding:
     """The state of one token loop; ``room``: tokens that fit into the context after the prompt."""
@@ -178,9 +160,10 @@ class Decoding:
         self.stops = StopFilter(self.options.stop)
 
     def steps(self, logits_V: NDArray[np.float32]) -> Steps[Outcome]:
-        """The answer from the logits after the prompt to its end. Errors: as ``generate``.
+        """The answer from the logits after the prompt to its end.
 
         Text leaves before the token that completed it is evaluated: nothing more can change it.
+        Errors: GenerationError from the sampler, and what is thrown in where a token is evaluated.
         """
         said: list[str] = []
         seconds, start = 0.0, time.perf_counter()

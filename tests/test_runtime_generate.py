@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,15 @@ from numpy.typing import NDArray
 from medmo_edge.errors import UsageError
 from medmo_edge.runtime import fake
 from medmo_edge.runtime.backends import Mark
-from medmo_edge.runtime.generate import GenerationOptions, Limits, Outcome, StopFilter, generate
+from medmo_edge.runtime.generate import (
+    Decoding,
+    GenerationOptions,
+    Limits,
+    Outcome,
+    StopFilter,
+)
 from medmo_edge.runtime.sampling import Sampler
+from medmo_edge.runtime.steps import pieces
 
 TEXT = st.text(alphabet="ab|<", max_size=24)
 STOPS = st.lists(st.text(alphabet="ab|<", min_size=1, max_size=4), max_size=3)
@@ -54,18 +61,21 @@ class Script:
 
 
 def _run(script: Script, **options: Any) -> tuple[list[str], Outcome]:
-    chosen = GenerationOptions(**options)
-    chat = script.chat
-    pieces = generate(
-        script,  # type: ignore[arg-type]
-        script.first_logits(),
-        Sampler(chosen, chat.tokenizer.length),
-        chat.tokenizer.stream(),
-        chat.eos_token_ids,
-        chosen,
-        Limits(chosen),
+    return _drain(_generate(script, GenerationOptions(**options)))
+
+
+def _generate(script: Script, options: GenerationOptions) -> Generator[str, None, Outcome]:
+    """The answer of ``script`` piece by piece, starting from the logits after its prompt."""
+    decoding = Decoding(
+        Sampler(options, script.chat.tokenizer.length),
+        script.chat.tokenizer.stream(),
+        script.chat.eos_token_ids,
+        options,
+        Limits(options),
+        script.max_cells - script.mark().cells,
     )
-    return _drain(pieces)
+    backend: Any = script
+    return pieces(backend, decoding.steps(script.first_logits()))
 
 
 def _drain(pieces: Any) -> tuple[list[str], Outcome]:
@@ -164,20 +174,10 @@ def test_a_late_answer_keeps_what_was_said() -> None:
 
 
 def test_time_spent_by_the_reader_is_not_decoding_time() -> None:
-    script = Script("abc")
-    options = GenerationOptions()
-    pieces = generate(
-        script,  # type: ignore[arg-type]
-        script.first_logits(),
-        Sampler(options, script.chat.tokenizer.length),
-        script.chat.tokenizer.stream(),
-        script.chat.eos_token_ids,
-        options,
-        Limits(options),
-    )
-    next(pieces)
+    said = _generate(Script("abc"), GenerationOptions())
+    next(said)
     time.sleep(0.5)
-    assert _drain(pieces)[1].seconds < 0.4
+    assert _drain(said)[1].seconds < 0.4
 
 
 @pytest.mark.parametrize(
