@@ -14,13 +14,17 @@ import secrets
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ParamSpec, TypeVar
 
 from medmo_edge.dicom_pool import DecoderPool
 from medmo_edge.errors import ImageError
 from medmo_edge.images import Frame, WindowRequest, read_image
 from medmo_edge.runtime.server_problems import bad_request, image_message, too_large
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 MAX_DECODERS = 2
 FRAME_CACHE_BYTES = 256 << 20
@@ -104,20 +108,30 @@ class Reader:
         if key in self._frames:
             self._frames.move_to_end(key)
             return self._frames[key]
-        async with self._turns:
-            try:
-                found = await asyncio.to_thread(
-                    read_image, path, frame, window, decoders=self._decoders
-                )
-            except ImageError as error:
-                reason = str(error).removeprefix(f"{path}: ")
-                raise bad_request(
-                    f"{name}: {image_message(ImageError(reason))}", code="invalid_image"
-                ) from None
+        found = await self.work(self.decode, path, frame, window, name=name)
         self._frames[key] = found
         while sum(each.pixels.nbytes for each in self._frames.values()) > FRAME_CACHE_BYTES:
             self._frames.popitem(last=False)
         return found
+
+    async def work(
+        self, decode: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """What ``decode`` gives, in a thread, when it is its turn."""
+        async with self._turns:
+            return await asyncio.to_thread(decode, *args, **kwargs)
+
+    def decode(
+        self, path: Path, frame: int = 0, window: WindowRequest = None, *, name: str
+    ) -> Frame:
+        """``read`` without looking at what is kept, nor keeping it; for ``work``."""
+        try:
+            return read_image(path, frame, window, decoders=self._decoders)
+        except ImageError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise bad_request(
+                f"{name}: {image_message(ImageError(reason))}", code="invalid_image"
+            ) from None
 
     def forget(self, path: Path) -> None:
         """Drop the frames of a deleted file."""

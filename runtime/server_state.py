@@ -22,7 +22,8 @@ from medmo_edge.runtime.server_store import Store
 from medmo_edge.runtime.session import Session, Study
 
 ALIAS = "medmo-edge"
-_KEPT_CHATS = 16
+_KEPT_PIXEL_BYTES = 256 << 20  # of the images of recent chats, as the model sees them
+_SOON_HASHED = 1 << 20  # characters of data URLs that are hashed sooner than a thread takes over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,31 +106,40 @@ class Chats:
         self._spool = spool
         self._reader = reader
         self._settings = settings
-        self._studies: OrderedDict[tuple[str, ...], Study] = OrderedDict()
+        self._studies: OrderedDict[tuple[bytes, ...], Study] = OrderedDict()
+        self._bytes = 0
 
     async def study(self, images: Sequence[tuple[str, str]]) -> Study:
         """A study of ``images``: (place in the body, data URL). Errors: Problem, MedmoError."""
         limit = self._settings.max_images
         if len(images) > limit:
             raise bad_request(f"{len(images)} images are above this server's {limit}", "messages")
-        files = await asyncio.to_thread(_decode, images)
-        key = tuple(digest for digest, _ in files)
+        large = sum(len(url) for _, url in images) > _SOON_HASHED
+        key = await asyncio.to_thread(_hashes, images) if large else _hashes(images)
         if key not in self._studies:
-            frames = [await self._frame(index, data) for index, (_, data) in enumerate(files)]
-            self._studies[key] = await asyncio.to_thread(self._session.study, frames)
+            study = await self._reader.work(self._open, images)
+            if key not in self._studies:  # else another question about them was faster
+                self._studies[key] = study
+                self._bytes += _pixel_bytes(study)
         self._studies.move_to_end(key)
-        while len(self._studies) > _KEPT_CHATS:
-            self._studies.popitem(last=False)  # closed when the last question on it has ended
-        return self._studies[key]
+        study = self._studies[key]
+        while len(self._studies) > self._settings.max_studies or self._bytes > _KEPT_PIXEL_BYTES:
+            _, oldest = self._studies.popitem(last=False)
+            self._bytes -= _pixel_bytes(oldest)  # it is closed when its last question has ended
+        return study
 
-    async def _frame(self, index: int, data: bytes) -> Frame:
-        path, _ = await asyncio.to_thread(self._spool.add, io.BytesIO(data), len(data))
+    def _open(self, images: Sequence[tuple[str, str]]) -> Study:
+        """A new study; in a thread."""
+        files = [decode_data_url(url, place) for place, url in images]
+        return self._session.study([self._frame(index, data) for index, data in enumerate(files)])
+
+    def _frame(self, index: int, data: bytes) -> Frame:
+        name = f"image {index + 1}"
+        path, _ = self._spool.add(io.BytesIO(data), len(data))
         try:
-            frame = await self._reader.read(path, name=f"image {index + 1}")
+            return replace_path(self._reader.decode(path, name=name), name)
         finally:
-            self._reader.forget(path)
             path.unlink(missing_ok=True)
-        return replace_path(frame, f"image {index + 1}")
 
 
 def state_of(request: Request) -> State:
@@ -138,10 +148,13 @@ def state_of(request: Request) -> State:
     return state
 
 
-def _decode(images: Sequence[tuple[str, str]]) -> list[tuple[str, bytes]]:
-    """(sha256, bytes) of every data URL."""
-    files = [decode_data_url(url, place) for place, url in images]
-    return [(hashlib.sha256(data).hexdigest(), data) for data in files]
+def _hashes(images: Sequence[tuple[str, str]]) -> tuple[bytes, ...]:
+    """SHA-256 of every data URL."""
+    return tuple(hashlib.sha256(url.encode()).digest() for _, url in images)
+
+
+def _pixel_bytes(study: Study) -> int:
+    return sum(picture.resized_HWC.nbytes for picture in study.pictures)
 
 
 def _model_name(manifest: Manifest) -> str:

@@ -222,6 +222,30 @@ def test_a_seed_repeats_an_answer_and_is_told(tiny_artifact: Path) -> None:
         assert len({said(temperature=1.5, seed=seed)[0] for seed in range(4)}) > 1
 
 
+def test_images_of_recent_chats_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medmo_edge.runtime import server_state
+
+    with served("fake:yes", max_studies=20) as running:
+
+        def cached(grey: int) -> int:
+            url = "data:image/png;base64," + base64.b64encode(png(grey=grey)).decode()
+            content = [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": "Sure?"},
+            ]
+            body = {"model": "fake", "messages": [{"role": "user", "content": content}]}
+            reply = running.client.post("/v1/chat/completions", json=body).json()
+            return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+        new = max(cached(grey) for grey in range(20))
+        assert min(cached(grey) for grey in range(20)) > new
+        assert cached(20) <= new and cached(0) <= new  # it was the oldest of 21
+        assert cached(0) > new
+        monkeypatch.setattr(server_state, "_KEPT_PIXEL_BYTES", 1)
+        cached(0)
+        assert cached(0) <= new
+
+
 def test_control_tokens_in_a_message_are_plain_text(client: Any) -> None:
     """The fake model's tokens are bytes: as characters the token costs ten, as itself one."""
 
