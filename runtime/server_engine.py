@@ -58,6 +58,7 @@ class Job:
         self._complete = asyncio.Event()
         self._items: deque[Piece | Finished | Problem] = deque()
         self._woken = False
+        self._left = False
 
     def push(self, item: Piece | Finished | Problem) -> None:
         """From the model's thread: hand ``item`` to the reader, now."""
@@ -70,6 +71,13 @@ class Job:
         """The same, but the reader is told later, by ``push`` or ``_wake``."""
         self._items.append(item)
 
+    def leave(self) -> None:
+        """The reader's client has gone: end the answer, and ``batches`` at once."""
+        self.cancelled.set()
+        self._left = True
+        self._ready.set()
+        self._complete.set()
+
     async def begun(self) -> None:
         """Wait for the first piece, but no longer than a heartbeat.
 
@@ -77,15 +85,17 @@ class Job:
         """
         if not self._items:
             await self._news()
+        if self._left:
+            raise _gone()
         if self._items and isinstance(self._items[0], Problem):
             raise self._items[0]
 
     async def batches(self) -> AsyncIterator[list[Piece | Finished]]:
         """All that is there, again and again to the end; empty when nothing came for a heartbeat.
 
-        Errors: Problem.
+        Ends early when the client has gone. Errors: Problem.
         """
-        while True:
+        while not self._left:
             self._ready.clear()
             self._woken = False
             batch: list[Piece | Finished] = []
@@ -132,7 +142,7 @@ class Job:
                 choices += item.choices
                 if isinstance(item, Finished):
                     return item.answer, choices
-        raise AssertionError("a job ends with Finished or a Problem")
+        raise _gone()
 
 
 def _wake(jobs: Sequence[Job]) -> None:
@@ -352,6 +362,10 @@ class _Reading:
 def _too_late(seconds: float) -> Problem:
     message = f"no answer began within {seconds:g} s: the server is busy or the prompt is long"
     return Problem(408, message, "timeout")
+
+
+def _gone() -> Problem:
+    return Problem(499, "the client has gone", "client_gone")  # nginx's number; nobody reads it
 
 
 def _stopping() -> Problem:

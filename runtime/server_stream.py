@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from medmo_edge.runtime.server_engine import Job
 from medmo_edge.runtime.server_problems import Problem
@@ -26,45 +27,55 @@ async def event_stream(
     A problem before the first piece is raised; later it is an event ``{"error": ...}``, which
     OpenAI's clients raise. Errors: Problem.
     """
-    async with _watched(request, job):
+    watch = asyncio.create_task(_watch(request, job))
+    try:
         await job.begun()
+    except BaseException:
+        job.cancelled.set()
+        watch.cancel()
+        raise
+    return _EventStream(job, watch, events)
 
-    async def body() -> AsyncIterator[bytes]:
+
+class _EventStream(StreamingResponse):
+    """Sends events; the task that watches the connection is there already."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, job: Job, watch: asyncio.Task[None], events: AsyncIterator[bytes]) -> None:
+        super().__init__(_with_problem(events), headers={"X-Accel-Buffering": "no"})
+        self._job = job
+        self._watch = watch
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async for data in events:
-                yield data
-        except Problem as problem:
-            yield event(problem.body())
+            await self.stream_response(send)
         finally:
-            job.cancelled.set()
+            self._job.cancelled.set()
+            self._watch.cancel()
 
-    headers = {"X-Accel-Buffering": "no"}
-    return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
+
+async def _with_problem(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """``events``; a problem on the way is the last one."""
+    try:
+        async for data in events:
+            yield data
+    except Problem as problem:
+        yield event(problem.body())
 
 
 @asynccontextmanager
 async def cancelled_with(request: Request, job: Job) -> AsyncIterator[None]:
     """Cancel ``job`` when the client disconnects, or when the block ends."""
-    try:
-        async with _watched(request, job):
-            yield
-    finally:
-        job.cancelled.set()
-
-
-@asynccontextmanager
-async def _watched(request: Request, job: Job) -> AsyncIterator[None]:
     watch = asyncio.create_task(_watch(request, job))
     try:
         yield
-    except BaseException:
-        job.cancelled.set()
-        raise
     finally:
+        job.cancelled.set()
         watch.cancel()
 
 
 async def _watch(request: Request, job: Job) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    job.cancelled.set()
+    job.leave()
