@@ -147,16 +147,17 @@ def encode_prompt(
     ``mark``: the character that ``plain_messages`` put where text must be cut before it is encoded.
     Errors: PromptError when the conversation does not hold exactly one image token per image.
     """
-    pieces = template.render(messages).split(image_token)
-    if len(pieces) - 1 != len(vision_token_counts):
-        raise PromptError(
-            f"conversation has {len(pieces) - 1} image places for {len(vision_token_counts)} images"
-        )
-    text = pieces[0]
-    for count, piece in zip(vision_token_counts, pieces[1:], strict=True):
-        text += image_token * count + piece
+    text, (image_id, *more) = template.render(messages), tokenizer.encode(image_token)
     parts = text.split(mark) if mark else [text]
-    return [id for part in parts for id in tokenizer.encode(part)]
+    ids = [id for part in parts for id in tokenizer.encode(part)]
+    places = ids.count(image_id)
+    if more or places != len(vision_token_counts):
+        raise PromptError(
+            f"conversation has {places} image places for {len(vision_token_counts)} images"
+        )
+    # Repeated here and not in the text: a large image has thousands of them.
+    counts = iter(vision_token_counts)
+    return [each for id in ids for each in [id] * (next(counts) if id == image_id else 1)]
 
 
 def plain_messages(
