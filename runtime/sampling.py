@@ -83,6 +83,8 @@ class Sampler:
         self._choices = choices
         self._sampling = sampling
         self._vocabulary = vocabulary
+        unchanged = (sampling.repetition_penalty, sampling.presence_penalty) == (1, 0)
+        self._most_likely = sampling.temperature == 0 and unchanged and constraint is None
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
         self._seen = np.zeros(vocabulary, dtype=bool)
         self._said = np.zeros(vocabulary, dtype=bool)
@@ -90,22 +92,27 @@ class Sampler:
 
     def draw(self, logits_V: NDArray[np.float32]) -> int:
         """The next token id. Errors: GenerationError when the logits are not numbers."""
-        plain_V = logits_V[: self._vocabulary].astype(np.float64)
-        if np.isnan(plain_V).any() or not np.isfinite(plain_V.max()):
+        logits_V = logits_V[: self._vocabulary]
+        chosen = int(logits_V.argmax())  # the first that is not a number, if there is any
+        if not np.isfinite(logits_V[chosen]):
             raise GenerationError(
                 "the model returned logits that are not finite: export it again in a wider format"
             )
-        scores_V = self._allowed(self._penalised(plain_V))
-        if self._sampling.temperature == 0:
-            chosen = int(scores_V.argmax())
-        else:
-            chosen = self._random_choice(distribution(scores_V, self._sampling))
+        if not self._most_likely:
+            chosen = self._choose(logits_V.astype(np.float64))
         self._seen[chosen] = self._said[chosen] = True
         if self._constraint is not None:
             self._constraint.accept(chosen)
         if self._choices is not None and self._sampling.logprobs is not None:
+            plain_V = logits_V.astype(np.float64)
             self._choices.append(_choice(plain_V, chosen, self._sampling.logprobs))
         return chosen
+
+    def _choose(self, plain_V: NDArray[np.float64]) -> int:
+        scores_V = self._allowed(self._penalised(plain_V))
+        if self._sampling.temperature == 0:
+            return int(scores_V.argmax())
+        return self._random_choice(distribution(scores_V, self._sampling))
 
     def _allowed(self, scores_V: NDArray[np.float64]) -> NDArray[np.float64]:
         """``scores_V`` without the tokens that the constraint forbids."""
