@@ -13,11 +13,27 @@ import numpy as np
 from medmo_edge.images import Frame
 from medmo_edge.prompts import locate_prompt, user_message
 from medmo_edge.samples import Sample
-from medmo_edge.train.questions import LOCATE, NODULE, PLATELET, WBC, Target, yes_no
+from medmo_edge.train.questions import (
+    EFFUSION,
+    HEART,
+    LOCATE,
+    NODULE,
+    PLATELET,
+    WBC,
+    Target,
+    yes_no,
+)
 from medmo_edge.train.scenes import Scene, augment, chest_scene
 
 TRAINING_SEEDS = 10_000_000  # phantoms from here on are drawn for reinforcement alone
 _SEEDS = 10**8
+# What chests are asked to locate. Whatever is left out is forgotten: without effusions their mean
+# IoU fell from 0.78 to 0.70 in 160 steps.
+_CHEST = ((NODULE, 0.5), (EFFUSION, 0.3), (HEART, 0.2))
+# Where nothing is, all answers of a group are soon right alike, and teach nothing: such views are
+# only drawn for this part of the questions for boxes, where chance may still show something.
+_ANY = 0.3
+_TRIES = 16
 _IMAGE = Path("drawn.png")  # never opened: frames are given
 
 
@@ -41,30 +57,48 @@ class Shares:
 
 
 def draw(smears: Sequence[Scene], shares: Shares, rng: np.random.Generator) -> Asked:
-    """A question about a random view of a scene: white cells of smears, nodules of chests."""
-    if smears and rng.random() < shares.blood:
-        scene, target = smears[int(rng.integers(len(smears)))], WBC
-    else:  # past the cache: no phantom comes twice
-        scene = chest_scene.__wrapped__(TRAINING_SEEDS + int(rng.integers(_SEEDS)))
-        target = NODULE
-    return ask(augment(scene, rng), target, shares, rng)
-
-
-def ask(view: Scene, target: Target, shares: Shares, rng: np.random.Generator) -> Asked:
-    """A question about a view, of a kind that chance decides."""
+    """A question about a random view of a scene: cells of smears, findings and heart of chests."""
     kind = rng.random()
-    one, many = target.singular[0], target.plural[0]
+    pool = smears if rng.random() < shares.blood else ()
     if kind < shares.located:
-        plain = rng.random() < 0.5
-        form = LOCATE[int(rng.integers(len(LOCATE)))]
-        question = locate_prompt(one) if plain else form.format(one=one, many=many)
-        sample = located(view, target, question)
-    elif kind < shares.located + shares.present:
-        seen = PLATELET if target is WBC and rng.random() < 0.5 else target
+        target = WBC if pool else _chest_target(rng)
+        return _boxes(_showing(pool, target, rng), target, rng)
+    view, target = _view(pool, rng), WBC if pool else NODULE
+    if kind < shares.located + shares.present:
+        seen = target if rng.random() < 0.5 else PLATELET if pool else EFFUSION
         sample = worded(f"Is there a {seen.singular[0]}?", yes_no(view.count(seen.label) > 0))
     else:
-        sample = worded(f"How many {many} are there?", str(view.count(target.label)))
+        sample = worded(f"How many {target.plural[0]} are there?", str(view.count(target.label)))
     return Asked(sample, Frame.from_pixels(view.pixels))
+
+
+def _view(smears: Sequence[Scene], rng: np.random.Generator) -> Scene:
+    """A view of one of the smears, or of a new phantom when there are none."""
+    if smears:
+        return augment(smears[int(rng.integers(len(smears)))], rng)
+    seed = TRAINING_SEEDS + int(rng.integers(_SEEDS))
+    return augment(chest_scene.__wrapped__(seed), rng)  # past the cache: none comes twice
+
+
+def _showing(smears: Sequence[Scene], target: Target, rng: np.random.Generator) -> Scene:
+    """A view that shows the target, or now and then any view."""
+    tries = 1 if rng.random() < _ANY else _TRIES
+    for _ in range(tries):
+        view = _view(smears, rng)
+        if view.count(target.label):
+            break
+    return view
+
+
+def _chest_target(rng: np.random.Generator) -> Target:
+    return _CHEST[int(rng.choice(len(_CHEST), p=[part for _, part in _CHEST]))][0]
+
+
+def _boxes(view: Scene, target: Target, rng: np.random.Generator) -> Asked:
+    one, many = target.singular[0], target.plural[0]
+    form = LOCATE[int(rng.integers(len(LOCATE)))]
+    question = locate_prompt(one) if rng.random() < 0.5 else form.format(one=one, many=many)
+    return Asked(located(view, target, question), Frame.from_pixels(view.pixels))
 
 
 def located(view: Scene, target: Target, question: str) -> Sample:
