@@ -92,7 +92,7 @@ def _swap(path: Path, first: str, second: str) -> None:
     weights = _weights(path)
     for name, values in weights.items():
         if name.startswith(first):
-            other = weights[second + name.removeprefix(first)]
+            other = weights[name.replace(first, second)]  # joined tensors name a layer repeatedly
             kept = values.copy()
             values[...] = other
             other[...] = kept
@@ -111,7 +111,10 @@ def swap_vision_layers(folder: Path) -> None:
 
 
 def scale_one_tensor(folder: Path) -> None:
-    """The value projection of the last layer, its scales where it is quantised."""
+    """The value projection of the last layer, its scales where it is quantised.
+
+    Where q, k and v are one tensor, all of it.
+    """
     weights = _weights(folder / "decoder.onnx")
     names = [name for name in weights if ".v_proj.weight" in name]
     last = [name for name in names if name.rpartition(".")[2] in ("weight", "scales")][-1]
