@@ -42,11 +42,11 @@ HEADER = """\
 # Results of MedMO-nano
 
 Written by `python benchmarks/results_table.py --data DIR --runs DIR -o docs/results.md`; not edited
-by hand. MedMO-nano is a demonstrator of a few million parameters trained on blood smears and drawn
-radiographs; it has never seen a VQA-RAD picture or question, and its figures there show how little
-a model says about what it was not trained on. The reference is the checkpoint in transformers,
-float32, greedy. Brackets are 95 % bootstrap intervals over pictures; "retained" is the target's
-figure divided by the reference's on the same questions; "same" is the part of identical answers.
+by hand. MedMO-nano is a demonstrator of a few million parameters trained on blood smears, drawn
+radiographs and VQA-RAD; all pictures here are held out (VQA-RAD by our own split by picture, as it
+has none). The reference is the checkpoint in transformers, float32, greedy. Brackets are 95 %
+bootstrap intervals over pictures; "retained" is the target's figure divided by the reference's on
+the same questions; "same" is the part of identical answers.
 Mean IoU pairs boxes by the Hungarian method, a missed box counts 0; `medmo-edge eval` explains the
 rules in its report.
 """

@@ -131,7 +131,7 @@ def test_operators_and_number_types(name: str, artifacts: dict[str, Manifest]) -
 
 
 def test_the_recipe_for_engines(artifacts: dict[str, Manifest]) -> None:
-    """MedMO-nano's limits are 192 to 320 patches, the tiny checkpoint's 16 to 1024."""
+    """MedMO-nano's limits are 384 to 768 patches, the tiny checkpoint's 16 to 1024."""
     builds = {name: manifest.weights["build"] for name, manifest in artifacts.items()}
     assert builds["bf16"] == {
         "capacity": 4096,
@@ -286,7 +286,7 @@ def test_no_torch_no_tensorrt_no_runtime(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["weights"]["build"]["vision_patches"] == [192, 320, 320]
+    assert json.loads(done.stdout)["weights"]["build"]["vision_patches"] == [384, 768, 768]
     assert len(read_golden(read_manifest(tmp_path / "a")).cases) == 3
 
 
