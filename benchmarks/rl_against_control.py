@@ -7,11 +7,12 @@
     $B report RUNS/rl RUNS/guided RUNS/control
 
 All start from the same checkpoint (default: the shipped nano) and see pictures drawn alike: fresh
-phantoms (seeds from 10,000,000, never drawn elsewhere) and BCCD's training smears, asked to locate
-nodules and white cells, with some questions of presence and number mixed in. ``--seconds`` are CPU
-seconds of training, answers and their judging included, evaluation not. A run that was stopped goes
-on; more seconds prolong it. Evaluation is greedy and in float32, on 300 phantoms with a nodule
-(seeds from 2,000,000), 100 without, and BCCD's val smears. The report pairs the pictures.
+phantoms (seeds from 10,000,000, never drawn elsewhere), BCCD's training smears and VQA-RAD's
+training pictures, asked as the rl stage of nano's recipe asks. ``--seconds`` are CPU seconds of
+training, answers and their judging included, evaluation not. A run that was stopped goes on; more
+seconds prolong it. Evaluation is greedy and in float32, on 300 phantoms with a nodule (seeds from
+2,000,000), 100 without, BCCD's val smears, and the yes-or-no questions of VQA-RAD's held-out
+pictures. The report pairs the pictures.
 """
 
 import argparse
@@ -33,19 +34,20 @@ from rl_questions import HeldOut, brief, render
 
 from medmo_edge.boxes import parse_boxes
 from medmo_edge.evaluation.scores import answer_score, match_image
-from medmo_edge.train.asked import Asked, Shares, draw
+from medmo_edge.train.asked import Asked, Shares, draw, with_yes_or_no
 from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of
 from medmo_edge.train.parallel import Group, arithmetic
+from medmo_edge.train.radiology import read_radiology
 from medmo_edge.train.reinforcement import Groups, Objective
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
 from medmo_edge.train.scene_stages import Asking
 
 BOX_TOKENS = 48
-SHARES = Shares(blood=0.5, located=0.8, present=0.1)
+SHARES = Shares(blood=0.4, radiology=0.2, located=0.8, present=0.1)  # nano's recipe
 #: the overlap that is measured in the end, the number of boxes, their form, and words
 REWARDS = {"iou": 0.8, "count": 0.1, "format": 0.1, "yes_no": 1.0, "number": 1.0}
 SAVE_EVERY = 20  # steps
@@ -125,7 +127,12 @@ class Run:
         use_products(self.model)
         self.asking = Asking(chat=self.base.chat, limits=self.base.limits, coords=self.base.coords)
         self.smears = read_blood(data, "train")
-        self.held_out = HeldOut(read_blood(data, "val"), folder.parent / "phantoms.npz")
+        self.radiology = with_yes_or_no(read_radiology(data, "train"))
+        self.held_out = HeldOut(
+            read_blood(data, "val"),
+            with_yes_or_no(read_radiology(data, "val")),
+            folder.parent / "phantoms.npz",
+        )
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -184,7 +191,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate * min(1.0, (self.step + 1) / 10)
         seeds = [[settings.seed, self.step, place] for place in range(settings.prompts)]
-        drawn = [draw(self.smears, SHARES, np.random.default_rng(seed)) for seed in seeds]
+        streams = map(np.random.default_rng, seeds)
+        drawn = [draw(self.smears, self.radiology, SHARES, rng) for rng in streams]
         if settings.kind == "control":
             return self._supervised(drawn)
         low, high = settings.threshold

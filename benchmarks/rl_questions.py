@@ -31,9 +31,12 @@ Scores = list[dict[str, Any]]
 
 @dataclass
 class HeldOut:
-    """What no training sees: BCCD's val smears, and phantoms that are kept in ``cache``."""
+    """What no training sees: BCCD's val smears, radiographs with questions for yes or no, and
+    phantoms that are kept in ``cache``.
+    """
 
     smears: Sequence[Scene]
+    radiology: Sequence[Scene]
     cache: Path
 
     @cached_property
@@ -74,6 +77,12 @@ class HeldOut:
             question = f"Is there a {target.singular[0]}?"
             seen = [worded(question, yes_no(one.count(target.label) > 0)) for one in scenes]
             yield f"{target.label} presence", WORD_TOKENS, _items(scenes, seen)
+        told = [
+            (str(index), Asked(worded(*turn), Frame.from_pixels(scene.pixels)))
+            for index, scene in enumerate(self.radiology)
+            for turn in scene.turns
+        ]
+        yield "VQA-RAD yes or no", WORD_TOKENS, told
 
 
 def _nodule(xyxy: Sequence[float]) -> Box:

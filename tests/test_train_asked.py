@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medmo_edge.boxes import Box
-from medmo_edge.train.asked import Asked, Shares, draw
+from medmo_edge.train.asked import Asked, Shares, draw, with_yes_or_no
 from medmo_edge.train.scenes import Scene
 
 NUMBER = 60
@@ -17,10 +17,18 @@ SMEARS = [
         boxes=(Box("WBC", 100, 80, 180, 160), Box("Platelets", 20, 30, 40, 50)),
     )
 ]
+TOLD = (("Is it fractured?", "No."), ("Is this a CT?", "Yes."), ("Which organ?", "Liver."))
+RADIOGRAPHS = with_yes_or_no(
+    [
+        Scene(kind="radiology", pixels=np.full((90, 70, 3), 9, np.uint8), boxes=(), turns=turns)
+        for turns in (TOLD, TOLD[2:])
+    ]
+)
 
 
 def drawn(shares: Shares, number: int = NUMBER) -> list[Asked]:
-    return [draw(SMEARS, shares, np.random.default_rng([5, i])) for i in range(number)]
+    rngs = (np.random.default_rng([5, i]) for i in range(number))
+    return [draw(SMEARS, RADIOGRAPHS, shares, rng) for rng in rngs]
 
 
 def words(asked: Asked) -> str:
@@ -30,7 +38,7 @@ def words(asked: Asked) -> str:
 
 @pytest.fixture(scope="module")
 def located() -> list[Asked]:
-    return drawn(Shares(blood=0.4, located=1, present=0))
+    return drawn(Shares(blood=0.4, radiology=0, located=1, present=0))
 
 
 def test_boxes_are_mostly_asked_for_where_there_are_some(located: list[Asked]) -> None:
@@ -52,7 +60,7 @@ def test_everything_that_was_taught_is_asked_for(located: list[Asked]) -> None:
 
 
 def test_words_have_the_truth_of_the_view() -> None:
-    shares = Shares(blood=1, located=0, present=0.6)
+    shares = Shares(blood=1, radiology=0, located=0, present=0.6)
     answers = Counter((words(asked), asked.sample.answer) for asked in drawn(shares, 150))
     kinds = {question for question, _ in answers}
     assert len(kinds) == 3  # white cell there, platelet there, number of white cells
@@ -61,8 +69,18 @@ def test_words_have_the_truth_of_the_view() -> None:
     assert len(answers) == 6
 
 
+def test_radiographs_are_asked_what_people_asked() -> None:
+    """Yes or no alone: no rule here judges other answers."""
+    assert len(RADIOGRAPHS) == 1 and RADIOGRAPHS[0].turns == TOLD[:2]
+    found = drawn(Shares(blood=0.5, radiology=0.5, located=0, present=1))
+    told = [asked for asked in found if "is there" not in words(asked)]
+    assert 0.3 * NUMBER < len(told) < 0.7 * NUMBER
+    answers = {(words(asked), asked.sample.answer) for asked in told}
+    assert answers == {("is it fractured?", "no"), ("is this a ct?", "yes")}
+
+
 def test_a_draw_depends_on_its_seed_alone() -> None:
-    shares = Shares(blood=0.5, located=0.6, present=0.2)
+    shares = Shares(blood=0.5, radiology=0.2, located=0.6, present=0.2)
     first, again = (drawn(shares, 20) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert one.sample == other.sample

@@ -5,7 +5,7 @@ answers, are in ``questions``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ _CHEST = ((NODULE, 0.5), (EFFUSION, 0.3), (HEART, 0.2))
 # only drawn for this part of the questions for boxes, where chance may still show something.
 _ANY = 0.3
 _TRIES = 16
+_YES_NO = (yes_no(True), yes_no(False))
 _IMAGE = Path("drawn.png")  # never opened: frames are given
 
 
@@ -47,19 +48,31 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
-    """Parts of the questions: ``blood`` about smears; ``located`` for boxes, ``present`` whether
-    there are any. The rest are about phantoms; the rest are for numbers.
+    """Parts of the questions: ``blood`` about smears, ``radiology`` about real radiographs, the
+    rest about phantoms. Of smears and phantoms, ``located`` are for boxes, ``present`` ask whether
+    there are any, the rest how many.
     """
 
     blood: float
+    radiology: float
     located: float
     present: float
 
 
-def draw(smears: Sequence[Scene], shares: Shares, rng: np.random.Generator) -> Asked:
-    """A question about a random view of a scene: cells of smears, findings and heart of chests."""
-    kind = rng.random()
-    pool = smears if rng.random() < shares.blood else ()
+def draw(
+    smears: Sequence[Scene],
+    radiology: Sequence[Scene],
+    shares: Shares,
+    rng: np.random.Generator,
+) -> Asked:
+    """A question about a random view of a scene: cells of smears, findings and heart of chests.
+
+    Pictures of ``radiology`` are asked what people asked about them: see ``with_yes_or_no``.
+    """
+    kind, place = rng.random(), rng.random()
+    if radiology and shares.blood <= place < shares.blood + shares.radiology:
+        return _told(radiology[int(rng.integers(len(radiology)))], rng)
+    pool = smears if place < shares.blood else ()
     if kind < shares.located:
         target = WBC if pool else _chest_target(rng)
         return _boxes(_showing(pool, target, rng), target, rng)
@@ -70,6 +83,20 @@ def draw(smears: Sequence[Scene], shares: Shares, rng: np.random.Generator) -> A
     else:
         sample = worded(f"How many {target.plural[0]} are there?", str(view.count(target.label)))
     return Asked(sample, Frame.from_pixels(view.pixels))
+
+
+def with_yes_or_no(scenes: Sequence[Scene]) -> list[Scene]:
+    """The scenes that came with questions whose answer is yes or no, with these alone."""
+    closed = [
+        replace(scene, turns=tuple(turn for turn in scene.turns if turn[1] in _YES_NO))
+        for scene in scenes
+    ]
+    return [scene for scene in closed if scene.turns]
+
+
+def _told(scene: Scene, rng: np.random.Generator) -> Asked:
+    question, answer = scene.turns[int(rng.integers(len(scene.turns)))]
+    return Asked(worded(question, answer), Frame.from_pixels(augment(scene, rng).pixels))
 
 
 def _view(smears: Sequence[Scene], rng: np.random.Generator) -> Scene:

@@ -58,9 +58,10 @@ class Curriculum:
 class Reinforcement:
     """The rl stage of a recipe from nothing: ``prompts`` questions a step about drawn scenes.
 
-    ``blood_share`` of them are about smears, the rest about phantoms. The part ``located`` asks
-    for boxes, ``present`` whether there are any, the rest how many. ``row_tokens`` bound a row of
-    answers behind their prompt.
+    ``blood_share`` of them are about smears, ``radiology_share`` VQA-RAD's own with yes or no for
+    an answer, the rest about phantoms. Of smears and phantoms, the part ``located`` asks for boxes,
+    ``present`` whether there are any, the rest how many. ``row_tokens`` bound a row of answers
+    behind their prompt.
     """
 
     learning_rate: float
@@ -68,6 +69,7 @@ class Reinforcement:
     steps: int
     prompts: int
     blood_share: float
+    radiology_share: float
     located: float
     present: float
     row_tokens: int
@@ -105,12 +107,16 @@ def group_rules(
 
 def stage_rules(spec: Reinforcement, path: Path) -> Rules:
     """What the rl stage of a recipe from nothing must fulfil."""
-    parts = (spec.blood_share, spec.located, spec.present)
+    pictures = (spec.blood_share, spec.radiology_share)
+    parts = (spec.located, spec.present)
     counts = (spec.steps, spec.prompts, spec.rollouts.max_completion_tokens)
     return {
         (*path, "steps"): ("steps, prompts and completion tokens must be above 0", min(counts) > 0),
         (*path, "learning_rate"): ("learning_rate must be above 0", spec.learning_rate > 0),
-        (*path, "blood_share"): ("blood_share must be in 0..1", 0 <= spec.blood_share <= 1),
+        (*path, "blood_share"): (
+            "blood_share and radiology_share must be 0 or more, together at most 1",
+            min(pictures) >= 0 and sum(pictures) <= 1,
+        ),
         (*path, "located"): (
             "located and present must be 0 or more, together at most 1",
             min(parts) >= 0 and spec.located + spec.present <= 1,

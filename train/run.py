@@ -91,10 +91,10 @@ class Pictures:
 def _read_data(recipe: Recipe, stages: Sequence[str], data: Path | None) -> Pictures:
     """What the stages draw from; nothing is read that none of them wants."""
     phases = [phase for phase in recipe.phases if phase.stage in stages]
-    shares = [phase.blood_share for phase in phases]
+    shares = [(phase.blood_share, phase.radiology_share) for phase in phases]
     if recipe.rl is not None and "rl" in stages:
-        shares.append(recipe.rl.blood_share)
-    wants_blood, wants_radiology = any(shares), any(phase.radiology_share for phase in phases)
+        shares.append((recipe.rl.blood_share, recipe.rl.radiology_share))
+    wants_blood, wants_radiology = (any(share[i] for share in shares) for i in (0, 1))
     if not wants_blood and not wants_radiology:
         return Pictures(blood=[], radiology=[], blood_held_out=[], radiology_held_out=[])
     if data is None and "MEDMO_EDGE_DATA" not in os.environ:
@@ -120,7 +120,7 @@ def _train_stage(recipe: Recipe, folder: Path, pictures: Pictures, start: Path |
         tokenizer = read_tokenizer(start, recipe.tokenizer.vocab_size)
     learning: Learning
     if recipe.rl is not None and start is not None:
-        learning = rewarded(recipe, tokenizer, pictures.blood, start)
+        learning = rewarded(recipe, tokenizer, pictures.blood, pictures.radiology, start)
     else:
         learning = taught(recipe, tokenizer, pictures.blood, pictures.radiology, start)
     (stage,) = recipe.stages

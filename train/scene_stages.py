@@ -15,7 +15,7 @@ from medmo_edge.boxes import Coords
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.train.architecture import build_model, load_weights
-from medmo_edge.train.asked import Asked, Shares, draw
+from medmo_edge.train.asked import Asked, Shares, draw, with_yes_or_no
 from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.collator import Batch
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of, question_of
@@ -127,6 +127,7 @@ class Rewarded:
     recipe: Recipe
     spec: Reinforcement
     smears: Sequence[Scene]
+    radiology: Sequence[Scene]
     asking: Asking
     learner: Learner
     model: Any
@@ -142,9 +143,14 @@ class Rewarded:
     def draw(self, step: int) -> list[Question]:
         """Questions about scenes."""
         spec = self.spec
-        shares = Shares(blood=spec.blood_share, located=spec.located, present=spec.present)
-        seeds = [[self.recipe.seed, step, place] for place in range(spec.prompts)]
-        drawn = [draw(self.smears, shares, np.random.default_rng(seed)) for seed in seeds]
+        shares = Shares(
+            blood=spec.blood_share,
+            radiology=spec.radiology_share,
+            located=spec.located,
+            present=spec.present,
+        )
+        streams = (np.random.default_rng([self.recipe.seed, step, i]) for i in range(spec.prompts))
+        drawn = [draw(self.smears, self.radiology, shares, rng) for rng in streams]
         return [self.asking.question(asked) for asked in drawn]
 
     def learn(self, step: int, drawn: list[Question]) -> dict[str, float]:
@@ -159,7 +165,11 @@ class Rewarded:
 
 
 def rewarded(
-    recipe: Recipe, tokenizer: "Tokenizer", smears: Sequence[Scene], start: Path
+    recipe: Recipe,
+    tokenizer: "Tokenizer",
+    smears: Sequence[Scene],
+    radiology: Sequence[Scene],
+    start: Path,
 ) -> Rewarded:
     """The rl stage of ``recipe``, from the checkpoint ``start``.
 
@@ -188,6 +198,7 @@ def rewarded(
         recipe=recipe,
         spec=recipe.rl,
         smears=smears,
+        radiology=with_yes_or_no(radiology),
         asking=asking,
         learner=learner,
         model=model,
