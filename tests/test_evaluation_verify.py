@@ -75,7 +75,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     folder, listed = tmp_path_factory.mktemp("samples"), []
-    for seed, size in ((11, (640, 480)), (12, (460, 800))):
+    for seed, size in ((11, (600, 440)), (12, (400, 840))):
         phantom = draw(seed, size=size, nodule=True)
         path = folder / f"{seed}.png"
         Image.fromarray(phantom.pixels).save(path)
