@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medmo_edge.boxes import Coords, parse_boxes
 from medmo_edge.evaluation.scores import answer_score, box_score, match_image
 from medmo_edge.preprocess import Preprocessing
+from medmo_edge.train.asked import with_yes_or_no
 from medmo_edge.train.collator import Picture, encode, prompt_text, question_text, see
 from medmo_edge.train.questions import EFFUSION, NODULE, PLATELET, WBC, yes_no
 from medmo_edge.train.scenes import Scene
@@ -101,9 +102,7 @@ def look(
 
 def _given_yes_no(asker: Asker, scenes: Sequence[Scene]) -> float:
     """Accuracy on the yes-or-no questions that came with the pictures."""
-    asked = [
-        (scene, turn) for scene in scenes for turn in scene.turns if turn[1] in ("Yes.", "No.")
-    ]
+    asked = [(scene, turn) for scene in with_yes_or_no(scenes) for turn in scene.turns]
     told = [asker.ask([scene], turn[0], 8)[0] for scene, turn in asked]
     return answer_score([turn[1] for _, turn in asked], told).accuracy
 
