@@ -55,6 +55,7 @@ _PAGE = {
 _OPEN = frozenset({*_PAGE, "/healthz", "/openapi.json"})
 _HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]", "::1"})
 _SWEEP_SECONDS = 30.0
+_GONE = 499  # nginx's number for a client that went away; nobody reads it
 
 
 def build(state: State) -> ASGIApp:
@@ -131,7 +132,7 @@ class _Gate:
         except Problem as problem:
             await _refuse(problem)(scope, receive, send_on)
         except ClientDisconnect:
-            status = status or 499  # nginx's number for a client that went away
+            status = status or _GONE
         except Exception as error:
             if status == 0:  # else _on_bug has seen it, or the stream had begun
                 self._state.metrics.bug(error)
@@ -203,6 +204,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):  # in the middle of its upload or of our answer
+        return Response(status_code=_GONE)
     state_of(request).metrics.bug(error)
     return _refuse(_bug())
 

@@ -360,6 +360,10 @@ def test_a_client_that_goes_away_stops_its_answer(slow: None) -> None:
                 time.sleep(0.01)
         metrics = running.client.get("/metrics").text
         assert 'medmo_edge_answers_total{finish="cancelled"} 2.0' in metrics
+        # the streamed reply had begun with 200; the other one had no status yet
+        asked = 'medmo_edge_requests_total{route="POST /v1/chat/completions",status='
+        assert f'{asked}"200"}} 1.0' in metrics and f'{asked}"499"}} 1.0' in metrics
+        assert "medmo_edge_unexpected_errors_total 0.0" in metrics
 
 
 def test_a_full_queue_and_a_timeout_have_a_status(slow: None) -> None:

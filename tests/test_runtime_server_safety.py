@@ -4,6 +4,7 @@ import base64
 import logging
 import os
 import resource
+import socket
 import statistics
 import struct
 import subprocess
@@ -244,6 +245,25 @@ def test_a_bug_is_reported_without_its_message(
         assert reply.status_code == 500 and "DOE" not in reply.text
         assert "RuntimeError" in caplog.text and "DOE" not in caplog.text
         assert "medmo_edge_unexpected_errors_total 1.0" in running.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/studies"])
+def test_a_client_that_leaves_during_its_upload_is_no_bug(path: str) -> None:
+    media = "application/json" if "chat" in path else "multipart/form-data; boundary=b"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"Content-Type: {media}\r\nContent-Length: 1000\r\n\r\n"
+    )
+    with served("fake:yes") as running:
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + b"--b\r\n")
+        counted = f'medmo_edge_requests_total{{route="POST {path}",status="499"}} 1.0'
+        start = time.monotonic()
+        while counted not in (metrics := running.client.get("/metrics").text):
+            assert time.monotonic() - start < 5, metrics
+            time.sleep(0.01)
+        assert "medmo_edge_unexpected_errors_total 0.0" in metrics
 
 
 def test_a_swapped_artifact_is_not_answered_from(
