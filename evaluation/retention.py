@@ -1,8 +1,9 @@
 """How much of the reference's score an artifact keeps, with an interval small sets cannot fool.
 
 Both sides answered the same questions, so the interval is paired: pictures are drawn with
-replacement, each with the scores of both. Twenty answers that all agree do not prove 99 %: every
-draw therefore also holds, once in n + 1, an invented picture on which the artifact loses
+replacement, each with the scores of both. Twenty answers that all agree do not prove 99 %, and two
+that differ prove no loss: every draw therefore also holds, once in n + 1, an invented picture, for
+the lower end one on which the artifact loses everything, for the upper end one on which it keeps
 everything. With nothing lost, n pictures show about 1 - 3 / n (the rule of three).
 """
 
@@ -52,7 +53,7 @@ def retention(records: Iterable[Record], kind: Kind, seed: int = 0) -> Retention
     if pairs is None or pairs.reference.sum() == 0:
         return None
     size = len(pairs.reference)
-    low, high = _interval(pairs, size, DRAWS, seed)
+    low, high = (_end(pairs, size, DRAWS, seed, keeps=keeps) for keeps in (False, True))
     return Retention(
         kind=kind,
         reference=float(pairs.reference.sum() / pairs.weight),
@@ -71,7 +72,7 @@ def pictures_needed(records: Iterable[Record], kind: Kind, threshold: float) -> 
         return None
     size = len(pairs.reference)
     while size <= _MOST_PICTURES:
-        if _interval(pairs, size, _ENOUGH_DRAWS, 0)[0] >= threshold:
+        if _end(pairs, size, _ENOUGH_DRAWS, 0, keeps=False) >= threshold:
             return _round_up(size)
         size = int(size * 1.2) + 1
     return None
@@ -95,18 +96,21 @@ def _pairs(records: Iterable[Record], kind: Kind) -> _Pairs | None:
     return _Pairs(columns[:, 0], columns[:, 1], weight, questions)
 
 
-def _interval(pairs: _Pairs, size: int, draws: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval over draws of ``size`` + 1 pictures, the invented one among them."""
+def _end(pairs: _Pairs, size: int, draws: int, seed: int, *, keeps: bool) -> float:
+    """One end of the 95 % percentile interval over draws of ``size`` + 1 pictures.
+
+    The upper one when the artifact ``keeps`` the invented picture among them, else the lower one.
+    """
     known = len(pairs.reference)
     chances = np.full(known + 1, size / (size + 1) / known)
     chances[-1] = 1 / (size + 1)
     counts = np.random.default_rng(seed).multinomial(size + 1, chances / chances.sum(), draws)
-    artifact = np.append(pairs.artifact, 0.0)
-    reference = np.append(pairs.reference, pairs.reference.mean())
+    usual = pairs.reference.mean()
+    artifact = np.append(pairs.artifact, usual if keeps else 0.0)
+    reference = np.append(pairs.reference, usual)
     totals = counts @ reference
     values = (counts @ artifact)[totals > 0] / totals[totals > 0]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    return float(np.percentile(values, 97.5 if keeps else 2.5))
 
 
 def _round_up(size: int) -> int:

@@ -230,6 +230,16 @@ def test_a_lost_score_fails_and_a_near_tie_is_no_disagreement() -> None:
     assert stage.verdict == "pass" and stage.figures["not_stable"] == 40
 
 
+@pytest.mark.parametrize(("pictures", "verdict"), [(2, "undecided"), (12, "fail")])
+def test_a_score_lost_on_two_pictures_proves_no_loss_yet(pictures: int, verdict: str) -> None:
+    lost = [
+        replace(one, picture=str(index), scores=record_of(0, "boxes", 0.5).scores)
+        for index, one in enumerate(many_records()[:pictures])
+    ]
+    stages = {stage.name: stage for stage in judge(measured(lost), read_gates())}
+    assert stages["IoU retained"].verdict == verdict
+
+
 def test_nothing_passes_that_was_not_measured() -> None:
     no_boxes = [replace(each, same_text_iou=None, scores=None) for each in many_records()]
     stages = {stage.name: stage for stage in judge(measured(no_boxes), read_gates())}
