@@ -34,7 +34,7 @@ from rl_questions import HeldOut, brief, render
 
 from medmo_edge.boxes import parse_boxes
 from medmo_edge.evaluation.scores import answer_score, match_image
-from medmo_edge.train.asked import Asked, Shares, draw, with_yes_or_no
+from medmo_edge.train.asked import Asked, draw, with_yes_or_no
 from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
@@ -42,14 +42,15 @@ from medmo_edge.train.branches import branch_row, collate_branches
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of
 from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.radiology import read_radiology
+from medmo_edge.train.recipe import load_recipe
 from medmo_edge.train.reinforcement import Groups, Objective
 from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
-from medmo_edge.train.scene_stages import Asking
+from medmo_edge.train.scene_stages import Asking, shares_of
 
 BOX_TOKENS = 48
-SHARES = Shares(blood=0.4, radiology=0.2, located=0.8, present=0.1)  # nano's recipe
-#: the overlap that is measured in the end, the number of boxes, their form, and words
-REWARDS = {"iou": 0.8, "count": 0.1, "format": 0.1, "yes_no": 1.0, "number": 1.0}
+SPEC = load_recipe("nano").rl
+assert SPEC is not None
+SHARES, REWARDS = shares_of(SPEC), SPEC.rewards
 SAVE_EVERY = 20  # steps
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,29 @@ def test_reinforcement_follows_and_moves_the_weights(whole: Path) -> None:
     assert notes["training"] == {"stage": "rl", "steps": 3, "recipe_sha256": rl.sha256}
 
 
+def test_beta_holds_reinforcement_to_the_weights_it_starts_from(
+    whole: Path, tmp_path: Path
+) -> None:
+    start = whole.parent / "instruct" / "checkpoint"
+
+    def trained(beta: float) -> Path:
+        text = (resources.files("medmo_edge.train") / "smoke.toml").read_text(encoding="utf-8")
+        recipe = tmp_path / f"beta-{beta}.toml"
+        recipe.write_text(text.replace("beta = 0.0", f"beta = {beta}"), encoding="utf-8")
+        return train(recipe, tmp_path / f"run-{beta}", stage="rl", base=start).parent
+
+    def moved(folder: Path) -> float:
+        name = "model.language_model.layers.0.mlp.gate_proj.weight"
+        with open_checkpoint(start) as before, open_checkpoint(folder / "checkpoint") as after:
+            return float(np.abs(after.read(name) - before.read(name)).mean())
+
+    free, held = trained(0.0), trained(50.0)
+    divergences = [line["kl"] for line in log(held).values()]
+    assert divergences[0] == pytest.approx(0, abs=1e-6) and divergences[-1] > 0
+    assert all("kl" not in line for line in log(free).values())
+    assert moved(held) != moved(free)
+
+
 def test_a_finished_stage_is_not_trained_again(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.parent.rglob("*")}
     assert train("smoke", whole.parent, resume=True) == whole.parent / "rl" / "checkpoint"
@@ -277,6 +302,19 @@ def test_the_learning_rate_warms_up_and_falls_to_its_end() -> None:
     assert max(rates) == rates[2] == pytest.approx(peak)
     assert rates[-1] == pytest.approx(peak * RECIPE.optimizer.final_fraction)
     assert all(later <= earlier for earlier, later in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_another_rate_in_a_stage_begins_a_schedule_of_its_own() -> None:
+    first, second = RECIPE.phases
+    last = replace(second, learning_rate=second.learning_rate / 2, steps=20)
+    restarted = replace(RECIPE, phases=(first, second, last))
+    begin = first.steps + second.steps
+    before = [learning_rate(step, RECIPE) for step in range(begin)]
+    assert [learning_rate(step, restarted) for step in range(begin)] == before
+    after = [learning_rate(step, restarted) for step in range(begin, restarted.num_steps + 1)]
+    assert after[0] == pytest.approx(last.learning_rate / 2) and after[0] > before[-1]
+    assert max(after) == after[2] == pytest.approx(last.learning_rate)
+    assert after[-1] == pytest.approx(last.learning_rate * RECIPE.optimizer.final_fraction)
 
 
 def test_held_out_pictures_are_looked_at_in_the_recipes_rhythm(whole: Path) -> None:

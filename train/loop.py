@@ -169,15 +169,16 @@ def build_optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     first, second = spec.betas
-    return torch.optim.AdamW(groups, lr=recipe.peak_rate, betas=(first, second), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate(0, recipe), betas=(first, second), fused=True)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to ``final_fraction`` of the peak; for one stage."""
-    peak, warmup = recipe.peak_rate, recipe.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    part = (step - warmup) / max(1, recipe.num_steps - warmup)
+    """Linear warm-up, then a cosine to ``final_fraction`` of the peak, for each schedule."""
+    course, warmup = recipe.course_at(step), recipe.warmup_steps
+    done = step - course.first
+    if done < warmup:
+        return course.peak * (done + 1) / warmup
+    part = (done - warmup) / max(1, course.steps - warmup)
     wave = (1 + math.cos(math.pi * min(1.0, part))) / 2
     final = recipe.optimizer.final_fraction
-    return peak * (final + (1 - final) * wave)
+    return course.peak * (final + (1 - final) * wave)

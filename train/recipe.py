@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -89,7 +90,8 @@ class Phase:
     """A stretch of steps at one resolution; ``turn_tokens`` bounds a row without its picture.
 
     ``blood_share`` and ``radiology_share`` of the rows are smears and VQA-RAD pictures, the rest
-    are phantoms. Phases of one ``stage`` share its peak ``learning_rate`` and its schedule.
+    are phantoms. Phases of one ``stage`` that follow each other with the same ``learning_rate``
+    share one schedule; another rate begins a new one, warm-up included (a warm restart).
     """
 
     stage: Literal["pretrain", "instruct"]
@@ -101,6 +103,15 @@ class Phase:
     min_pixels: int
     max_pixels: int
     turn_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """One schedule of the learning rate: ``steps`` steps from step ``first``, up to ``peak``."""
+
+    first: int
+    steps: int
+    peak: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,13 +150,8 @@ class Recipe:
         return sum(phase.steps for phase in self.phases) + (self.rl.steps if self.rl else 0)
 
     @property
-    def peak_rate(self) -> float:
-        """The highest learning rate of a recipe of one stage."""
-        return self.rl.learning_rate if self.rl else self.phases[0].learning_rate
-
-    @property
     def warmup_steps(self) -> int:
-        """Steps on the way to ``peak_rate``, of a recipe of one stage."""
+        """Steps on the way to a schedule's peak, of a recipe of one stage."""
         return self.rl.warmup_steps if self.rl else self.optimizer.warmup_steps
 
     @property
@@ -168,6 +174,18 @@ class Recipe:
                 return phase
             step -= phase.steps
         return self.phases[-1]
+
+    def course_at(self, step: int) -> Course:
+        """The schedule of ``step`` in a recipe of one stage; the last one for any later step."""
+        if self.rl is not None:
+            return Course(first=0, steps=self.rl.steps, peak=self.rl.learning_rate)
+        course = Course(first=0, steps=0, peak=0.0)
+        for peak, phases in groupby(self.phases, lambda phase: phase.learning_rate):
+            first = course.first + course.steps
+            course = Course(first=first, steps=sum(phase.steps for phase in phases), peak=peak)
+            if step < first + course.steps:
+                break
+        return course
 
     @property
     def sha256(self) -> str:
@@ -255,9 +273,8 @@ def _check(recipe: Recipe, document: Document) -> None:
             (before.stage, phase.stage) != ("instruct", "pretrain"),
         )
         rules[("phases", index, "learning_rate")] = (
-            "phases of one stage need one learning_rate, above 0",
-            phase.learning_rate > 0
-            and (before.stage != phase.stage or before.learning_rate == phase.learning_rate),
+            "learning_rate must be above 0",
+            phase.learning_rate > 0,
         )
         tokens = phase.max_pixels // token + phase.turn_tokens
         rules[("phases", index, "max_pixels")] = fits(tokens, recipe.text)

@@ -98,6 +98,7 @@ def group_rules(
             "iou_from and iou_to must be in 0..1, and until above 0 and at most 1",
             0 <= min(overlaps) and max(overlaps) < 1 and 0 < curriculum.until <= 1,
         ),
+        (*path, "objective", "beta"): ("beta must be 0 or more", objective.beta >= 0),
         (*path, "objective", "epsilon_high"): (
             "epsilon must be above 0 and epsilon_high no less",
             0 < objective.epsilon <= objective.epsilon_high,
@@ -120,10 +121,6 @@ def stage_rules(spec: Reinforcement, path: Path) -> Rules:
         (*path, "located"): (
             "located and present must be 0 or more, together at most 1",
             min(parts) >= 0 and spec.located + spec.present <= 1,
-        ),
-        (*path, "objective", "beta"): (
-            "beta must be 0: no second model is kept to compare with",
-            spec.objective.beta == 0,
         ),
         (*path, "rollouts", "temperature"): (
             "temperature must be above 0: equal answers teach nothing",

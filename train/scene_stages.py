@@ -16,6 +16,7 @@ from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.preprocess import Preprocessing
 from medmo_edge.train.architecture import build_model, load_weights
 from medmo_edge.train.asked import Asked, Shares, draw, with_yes_or_no
+from medmo_edge.train.attention import use_products
 from medmo_edge.train.auxiliary import Targets, build_head
 from medmo_edge.train.collator import Batch
 from medmo_edge.train.grpo_learner import Learner, Question, decoding_of, question_of
@@ -142,13 +143,7 @@ class Rewarded:
 
     def draw(self, step: int) -> list[Question]:
         """Questions about scenes."""
-        spec = self.spec
-        shares = Shares(
-            blood=spec.blood_share,
-            radiology=spec.radiology_share,
-            located=spec.located,
-            present=spec.present,
-        )
+        spec, shares = self.spec, shares_of(self.spec)
         streams = (np.random.default_rng([self.recipe.seed, step, i]) for i in range(spec.prompts))
         drawn = [draw(self.smears, self.radiology, shares, rng) for rng in streams]
         return [self.asking.question(asked) for asked in drawn]
@@ -164,6 +159,16 @@ class Rewarded:
         return {**self.learner.learn(experience, move), "learning_rate": rate}
 
 
+def shares_of(spec: Reinforcement) -> Shares:
+    """How the questions of an rl stage are shared out."""
+    return Shares(
+        blood=spec.blood_share,
+        radiology=spec.radiology_share,
+        located=spec.located,
+        present=spec.present,
+    )
+
+
 def rewarded(
     recipe: Recipe,
     tokenizer: "Tokenizer",
@@ -171,7 +176,7 @@ def rewarded(
     radiology: Sequence[Scene],
     start: Path,
 ) -> Rewarded:
-    """The rl stage of ``recipe``, from the checkpoint ``start``.
+    """The rl stage of ``recipe`` from the checkpoint ``start``, to which beta > 0 holds it.
 
     Errors: CheckpointError when it is damaged or of other sizes.
     """
@@ -179,6 +184,11 @@ def rewarded(
     ids = special_ids(tokenizer)
     model = build_model(recipe, ids)
     load_weights(model, start)
+    reference: Any = None
+    if recipe.rl.objective.beta > 0:
+        reference = build_model(recipe, ids).requires_grad_(False).train(False)
+        load_weights(reference, start)
+        use_products(reference)
     with open_checkpoint(start) as opened:
         asking = Asking(chat=Chat.of(opened), limits=opened.preprocessing, coords=opened.coords)
         decoding = decoding_of(opened.config, asking.chat.tokenizer.length, recipe.rl.rollouts)
@@ -191,6 +201,7 @@ def rewarded(
         seed=recipe.seed,
         row_tokens=recipe.rl.row_tokens,
         batch_tokens=2 * recipe.rl.row_tokens,
+        reference=reference,
         precision=partial(arithmetic, model, Group(), "bfloat16"),
         guided=recipe.rl.rollouts.guided,
     )
