@@ -64,6 +64,36 @@ def test_parts_weigh_what_the_recipe_says() -> None:
     assert whole == pytest.approx(2 * parts[0] + 3 * parts[1] + 4 * parts[2], rel=1e-5)
 
 
+def test_a_class_counts_the_same_however_many_tokens_speak_for_it() -> None:
+    only_corners = AuxiliarySpec(coverage=0, corners=1, digits=1)
+    wide, narrow = Box("WBC", 0, 0, 300, 200), Box("Platelets", 310, 20, 330, 40)
+    truth = targets(wide, narrow)
+    assert (truth.corners[:, WBC, 0] >= 0).sum() == 6 * (truth.corners[:, PLATELET, 0] >= 0).sum()
+
+    def wrong_about(kind: int) -> float:
+        said = outputs_for(truth).reshape(8, len(CLASSES), -1)
+        said[:, kind, 1:] = outputs_for(targets()).reshape(8, len(CLASSES), -1)[:, kind, 1:]
+        return dense_loss(said.reshape(8, -1), [truth], only_corners).item()
+
+    alone = {
+        kind: dense_loss(outputs_for(targets()), [targets(box)], only_corners).item()
+        for kind, box in ((WBC, wide), (PLATELET, narrow))
+    }
+    for kind, loss in alone.items():
+        assert wrong_about(kind) == pytest.approx(loss / 2, rel=1e-4)
+
+
+def test_a_missed_platelet_token_costs_more_than_a_missed_white_cell() -> None:
+    only_cover = AuxiliarySpec(coverage=1, corners=0, digits=0)
+    whole = targets(Box("WBC", 0, 0, 100, 100), Box("Platelets", 300, 100, 400, 200))
+    costs = {}
+    for kind in (WBC, PLATELET):
+        said = outputs_for(whole).reshape(8, len(CLASSES), -1)
+        said[:, kind, 0] = -20.0
+        costs[kind] = dense_loss(said.reshape(8, -1), [whole], only_cover).item()
+    assert costs[PLATELET] / costs[WBC] == pytest.approx(20 / 3, rel=1e-3)
+
+
 def test_a_picture_without_boxes_still_teaches_that_nothing_is_there() -> None:
     empty = targets()
     loss = dense_loss(torch.zeros(8, outputs_for(empty).shape[1]), [empty], EVEN)

@@ -1,5 +1,7 @@
 """Questions and answers: true to the scene, in the box format, in words a user would type."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,6 +128,17 @@ def test_the_most_important_question_is_always_asked_first() -> None:
         assert first.answer.startswith("WBC <box>")
         first = next(sample_turns(CHEST, GEOMETRY, "norm1000", rng))
         assert first.answer.startswith("nodule <box>")
+
+
+def test_questions_of_platelets_are_of_nothing_else() -> None:
+    smear = replace(SMEAR, boxes=(*SMEAR.boxes, Box("Platelets", 320, 240, 352, 264)))
+    for scene, found in ((SMEAR, "No platelet found."), (smear, "Platelets <box>[[")):
+        for seed in range(50):
+            rng = np.random.default_rng(seed)
+            asked = list(sample_turns(scene, GEOMETRY, "norm1000", rng, of_platelets=True))
+            assert asked[0].answer.startswith(found)
+            for turn in asked:
+                assert any(name in turn.question for name in ("platelet", "thrombocyte"))
 
 
 def test_no_question_is_left_with_an_open_place_or_wrong_article() -> None:

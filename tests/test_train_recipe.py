@@ -83,6 +83,7 @@ def test_phases_follow_each_other() -> None:
         ('stage = "pretrain"', 'stage = "instruct"', "pretrain must come before instruct"),
         ('stage = "pretrain"', 'stage = "rl"', "stage must be"),
         ("radiology_share = 0.0", "radiology_share = -0.1", "together at most 1"),
+        ("platelet_share = 0.0", "platelet_share = 1.5", "platelet_share must be in 0..1"),
         ("betas = [0.9, 0.98]", "betas = 0.9", "betas must be a list"),
         ("[data]", "[dada]", "unknown key 'dada'"),
         ("mrope_section = [6, 5, 5]", "mrope_section = [6, 5, 4]", "mrope_section must sum"),

@@ -23,12 +23,14 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from medmo_edge.boxes import Box
 from medmo_edge.checkpoint import open_checkpoint
 from medmo_edge.errors import CheckpointError, MedmoError, RecipeError, UsageError
 from medmo_edge.train.architecture import build_model
-from medmo_edge.train.loop import Trainer, learning_rate
+from medmo_edge.train.loop import Sampler, Trainer, learning_rate
 from medmo_edge.train.recipe import load_recipe
 from medmo_edge.train.run import corpus, train
+from medmo_edge.train.scenes import Scene
 from medmo_edge.train.state import complete_steps, newest_step
 from medmo_edge.train.step_log import read_metrics
 from medmo_edge.train.vocabulary import special_ids, train_tokenizer
@@ -315,6 +317,27 @@ def test_another_rate_in_a_stage_begins_a_schedule_of_its_own() -> None:
     assert after[0] == pytest.approx(last.learning_rate / 2) and after[0] > before[-1]
     assert max(after) == after[2] == pytest.approx(last.learning_rate)
     assert after[-1] == pytest.approx(last.learning_rate * RECIPE.optimizer.final_fraction)
+
+
+def test_platelet_share_asks_smears_about_platelets_alone() -> None:
+    boxes = (Box("WBC", 10, 10, 60, 50), Box("Platelets", 100, 70, 110, 80))
+    smear = Scene(kind="blood", pixels=np.zeros((96, 128, 3), np.uint8), boxes=boxes)
+    tokenizer = train_tokenizer(corpus(RECIPE, [smear]), BPE)
+
+    def questions(share: float) -> str:
+        phase = replace(RECIPE.phases[0], blood_share=1.0, platelet_share=share)
+        sampler = Sampler(
+            recipe=replace(RECIPE, phases=(phase,)),
+            blood=[smear],
+            radiology=[],
+            tokenizer=tokenizer,
+            ids=special_ids(tokenizer),
+        )
+        batch, _ = sampler.batch(0)
+        return str(tokenizer.decode(batch.inputs["input_ids"].flatten().tolist()))
+
+    assert "WBC" in questions(0.0)
+    assert "WBC" not in questions(1.0) and "latelets" in questions(1.0)
 
 
 def test_held_out_pictures_are_looked_at_in_the_recipes_rhythm(whole: Path) -> None:

@@ -107,6 +107,18 @@ def test_smears_with_and_without_a_white_cell_are_seen_in_like_sizes() -> None:
     assert present[small].mean() > 0.3 and (~present)[small].mean() > 0.3
 
 
+def test_views_around_a_platelet_show_it_larger_and_not_always() -> None:
+    scene = painted({"Platelets": (60, 50, 66, 57)}, width=160, height=120)
+    (whole,) = scene.boxes
+    views = [augment(scene, np.random.default_rng(seed), "Platelets") for seed in range(400)]
+    sizes = [
+        box.area / (view.pixels.size / 3) for view in views for box in view.labelled("Platelets")
+    ]
+    assert 0.6 < len(sizes) / len(views) < 0.85
+    assert np.median(sizes) > 1.5 * whole.area / (160 * 120)
+    assert max(sizes) > 6 * whole.area / (160 * 120)
+
+
 def test_a_chest_is_never_turned() -> None:
     """The heart stays on the picture's right of the middle, where the phantom put it."""
     for seed in range(20):

@@ -15,7 +15,7 @@ from medmo_edge.preprocess import Preprocessing
 from medmo_edge.train.attention import additive
 from medmo_edge.train.auxiliary import Targets, dense_loss, dense_targets
 from medmo_edge.train.collator import Batch, Row, collate, encode_row, see
-from medmo_edge.train.questions import Turn, sample_turns
+from medmo_edge.train.questions import PLATELET, WBC, Turn, sample_turns
 from medmo_edge.train.recipe import MERGE, Phase, Recipe
 from medmo_edge.train.scenes import Scene, augment, chest_scene, vary_resolution
 from medmo_edge.train.steps import Diverged
@@ -47,17 +47,17 @@ class Sampler:
         return collate([row for row, _ in drawn], self.ids), [dense for _, dense in drawn]
 
     def _row(self, step: int, place: int, limits: Preprocessing) -> tuple[Row, Targets]:
-        rng = np.random.default_rng([self.recipe.seed, step, place])
-        view = augment(self.scene(rng, self.recipe.phase_at(step)), rng)
+        rng, phase = (
+            np.random.default_rng([self.recipe.seed, step, place]),
+            self.recipe.phase_at(step),
+        )
+        scene = self.scene(rng, phase)
+        small = scene.kind == "blood" and rng.random() < phase.platelet_share
+        view = augment(scene, rng, PLATELET.label if small else WBC.label)
         picture = see(view.pixels, vary_resolution(limits, rng))
-        turns = sample_turns(view, picture.geometry, COORDS, rng)
+        turns = sample_turns(view, picture.geometry, COORDS, rng, of_platelets=small)
         row = encode_row(
-            self.tokenizer,
-            self.ids,
-            picture,
-            chain(turns, rng),
-            self.recipe.phase_at(step).turn_tokens,
-            MERGE,
+            self.tokenizer, self.ids, picture, chain(turns, rng), phase.turn_tokens, MERGE
         )
         _, height, width = picture.grid
         return row, dense_targets(view.boxes, picture.geometry, height // MERGE, width // MERGE)

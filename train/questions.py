@@ -126,13 +126,22 @@ FORMAL = 0.4  # how often a given question ends as benchmarks end theirs
 
 
 def sample_turns(
-    scene: Scene, geometry: Geometry, coords: Coords, rng: np.random.Generator
+    scene: Scene,
+    geometry: Geometry,
+    coords: Coords,
+    rng: np.random.Generator,
+    *,
+    of_platelets: bool = False,
 ) -> Iterator[Turn]:
-    """Questions about one view, the ones that matter most first; the caller takes what fits."""
+    """Questions about one view, the ones that matter most first; the caller takes what fits.
+
+    ``of_platelets`` asks about platelets alone.
+    """
     if scene.kind == "radiology":
         yield from (_given(scene.turns[i], rng) for i in rng.permutation(len(scene.turns)))
         return
     plan = _BLOOD_PLAN if scene.kind == "blood" else _CHEST_PLAN
+    plan = _PLATELET_PLAN if of_platelets else plan
     asked = [task for task, chance in plan if rng.random() < chance]
     first, rest = asked[:1], asked[1:]
     for index in [0, *(1 + rng.permutation(len(rest)))] if first else []:
@@ -209,6 +218,11 @@ _BLOOD_PLAN: tuple[tuple[Task, float], ...] = (
     (_presence(EFFUSION), 0.03),
     (_describe, 0.25),
     (_modality, 0.06),
+)
+_PLATELET_PLAN: tuple[tuple[Task, float], ...] = (
+    (_locate(PLATELET), 1.0),
+    (_presence(PLATELET), 0.6),
+    (_count(PLATELET), 0.5),
 )
 _CHEST_PLAN: tuple[tuple[Task, float], ...] = (
     (_locate(NODULE), 1.0),

@@ -92,12 +92,14 @@ class Phase:
     ``blood_share`` and ``radiology_share`` of the rows are smears and VQA-RAD pictures, the rest
     are phantoms. Phases of one ``stage`` that follow each other with the same ``learning_rate``
     share one schedule; another rate begins a new one, warm-up included (a warm restart).
+    ``platelet_share`` of the smears are seen close to a platelet and asked about platelets alone.
     """
 
     stage: Literal["pretrain", "instruct"]
     learning_rate: float
     blood_share: float
     radiology_share: float
+    platelet_share: float
     steps: int
     rows: int
     min_pixels: int
@@ -266,6 +268,10 @@ def _check(recipe: Recipe, document: Document) -> None:
         rules[("phases", index, "blood_share")] = (
             "blood_share and radiology_share must be 0 or more, together at most 1",
             min(shares := (phase.blood_share, phase.radiology_share)) >= 0 and sum(shares) <= 1,
+        )
+        rules[("phases", index, "platelet_share")] = (
+            "platelet_share must be in 0..1",
+            0 <= phase.platelet_share <= 1,
         )
         before = phases[index - 1] if index else phase
         rules[("phases", index, "stage")] = (

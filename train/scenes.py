@@ -24,6 +24,7 @@ KEEP = 0.4  # a box keeps its label when at least this part of it is inside the 
 GONE = 0.05  # and is out of the picture below this part; between the two a crop is avoided
 WHOLE = 0.75  # from this part on a lesion or cell counts as wholly seen
 TRIES = 12
+_CLOSEST = {"Platelets": 0.25}  # the smallest part of a smear's sides that a view may show
 PHANTOM_SIZES = ((288, 320), (320, 320), (256, 320), (320, 256), (384, 448), (224, 256))
 
 
@@ -58,30 +59,30 @@ def chest_scene(seed: int, size: tuple[int, int] | None = None) -> Scene:
     return Scene(kind="chest", pixels=pixels, boxes=boxes, facts=phantom.facts)
 
 
-def augment(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A random view of ``scene``."""
+def augment(scene: Scene, rng: np.random.Generator, around: str = "WBC") -> Scene:
+    """A random view of ``scene``; of a smear often one around a box of the label ``around``."""
     if scene.kind != "blood":
         low = 0.85 if rng.random() < 0.6 else 1.0
         return recolour(crop(scene, _chest_window(scene, low, rng)), rng, tint=0.0)
-    view = crop(scene, _blood_window(scene, rng))
+    view = crop(scene, _blood_window(scene, rng, around))
     for turn, chance in ((mirror, 0.5), (upside_down, 0.5), (transpose, 0.3)):
         view = turn(view) if rng.random() < chance else view
     return recolour(view, rng, tint=0.07)
 
 
-def _blood_window(scene: Scene, rng: np.random.Generator) -> Window:
-    """The whole smear, a part around one white cell, or a part without any.
+def _blood_window(scene: Scene, rng: np.random.Generator, around: str) -> Window:
+    """The whole smear, a part around one of its cells ``around``, or a part without any.
 
     Both kinds of part come in like sizes: the size must not give the answer away.
     """
     height, width = scene.pixels.shape[:2]
-    cells = scene.labelled("WBC")
+    cells, low = scene.labelled(around), _CLOSEST.get(around, 0.4)
     kind = rng.random()
     if kind < 0.25:
         return 0, 0, width, height
     wanted = cells[int(rng.integers(len(cells)))] if kind < 0.75 and cells else None
     for _ in range(TRIES):
-        window = _random_window(scene, rng.uniform(0.4, 1.0 if wanted else 0.8), rng, wanted)
+        window = _random_window(scene, rng.uniform(low, 1.0 if wanted else 0.8), rng, wanted)
         parts = [visible_part(cell, window) for cell in cells]
         if not any(GONE < part < WHOLE for part in parts) and (
             wanted or max(parts, default=0) < WHOLE
