@@ -47,10 +47,8 @@ class Sampler:
         return collate([row for row, _ in drawn], self.ids), [dense for _, dense in drawn]
 
     def _row(self, step: int, place: int, limits: Preprocessing) -> tuple[Row, Targets]:
-        rng, phase = (
-            np.random.default_rng([self.recipe.seed, step, place]),
-            self.recipe.phase_at(step),
-        )
+        rng = np.random.default_rng([self.recipe.seed, step, place])
+        phase = self.recipe.phase_at(step)
         scene = self.scene(rng, phase)
         small = scene.kind == "blood" and rng.random() < phase.platelet_share
         view = augment(scene, rng, PLATELET.label if small else WBC.label)

@@ -141,7 +141,8 @@ def sample_turns(
         yield from (_given(scene.turns[i], rng) for i in rng.permutation(len(scene.turns)))
         return
     plan = _BLOOD_PLAN if scene.kind == "blood" else _CHEST_PLAN
-    plan = _PLATELET_PLAN if of_platelets else plan
+    if of_platelets:
+        plan = _PLATELET_PLAN
     asked = [task for task, chance in plan if rng.random() < chance]
     first, rest = asked[:1], asked[1:]
     for index in [0, *(1 + rng.permutation(len(rest)))] if first else []:
