@@ -53,7 +53,7 @@ def retention(records: Iterable[Record], kind: Kind, seed: int = 0) -> Retention
     if pairs is None or pairs.reference.sum() == 0:
         return None
     size = len(pairs.reference)
-    low, high = (_end(pairs, size, DRAWS, seed, keeps=keeps) for keeps in (False, True))
+    low, high = _interval(pairs, size, DRAWS, seed)
     return Retention(
         kind=kind,
         reference=float(pairs.reference.sum() / pairs.weight),
@@ -72,7 +72,7 @@ def pictures_needed(records: Iterable[Record], kind: Kind, threshold: float) -> 
         return None
     size = len(pairs.reference)
     while size <= _MOST_PICTURES:
-        if _end(pairs, size, _ENOUGH_DRAWS, 0, keeps=False) >= threshold:
+        if _interval(pairs, size, _ENOUGH_DRAWS, 0)[0] >= threshold:
             return _round_up(size)
         size = int(size * 1.2) + 1
     return None
@@ -96,21 +96,20 @@ def _pairs(records: Iterable[Record], kind: Kind) -> _Pairs | None:
     return _Pairs(columns[:, 0], columns[:, 1], weight, questions)
 
 
-def _end(pairs: _Pairs, size: int, draws: int, seed: int, *, keeps: bool) -> float:
-    """One end of the 95 % percentile interval over draws of ``size`` + 1 pictures.
-
-    The upper one when the artifact ``keeps`` the invented picture among them, else the lower one.
-    """
+def _interval(pairs: _Pairs, size: int, draws: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval over draws of ``size`` + 1 pictures, the invented one among them."""
     known = len(pairs.reference)
     chances = np.full(known + 1, size / (size + 1) / known)
     chances[-1] = 1 / (size + 1)
     counts = np.random.default_rng(seed).multinomial(size + 1, chances / chances.sum(), draws)
     usual = pairs.reference.mean()
-    artifact = np.append(pairs.artifact, usual if keeps else 0.0)
-    reference = np.append(pairs.reference, usual)
-    totals = counts @ reference
-    values = (counts @ artifact)[totals > 0] / totals[totals > 0]
-    return float(np.percentile(values, 97.5 if keeps else 2.5))
+    totals = counts @ np.append(pairs.reference, usual)
+    known_draws = totals > 0
+    lost, kept = (
+        (counts @ np.append(pairs.artifact, invented))[known_draws] / totals[known_draws]
+        for invented in (0.0, usual)
+    )
+    return float(np.percentile(lost, 2.5)), float(np.percentile(kept, 97.5))
 
 
 def _round_up(size: int) -> int:

@@ -17,7 +17,7 @@ from typing import Literal
 from medmo_edge.errors import RecipeError
 from medmo_edge.model_config import TextConfig, VisionConfig
 from medmo_edge.train.recipe_toml import Document, Rules, build, parse, require
-from medmo_edge.train.reinforcement import Reinforcement, stage_rules
+from medmo_edge.train.reinforcement import Reinforcement, parts_rule, stage_rules
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL's; a recipe cannot change the architecture's grid
 
@@ -265,9 +265,8 @@ def _check(recipe: Recipe, document: Document) -> None:
             "phases need steps, rows and one vision token of pixels",
             positive and token <= phase.min_pixels <= phase.max_pixels,
         )
-        rules[("phases", index, "blood_share")] = (
-            "blood_share and radiology_share must be 0 or more, together at most 1",
-            min(shares := (phase.blood_share, phase.radiology_share)) >= 0 and sum(shares) <= 1,
+        rules[("phases", index, "blood_share")] = parts_rule(
+            "blood_share", phase.blood_share, "radiology_share", phase.radiology_share
         )
         rules[("phases", index, "platelet_share")] = (
             "platelet_share must be in 0..1",

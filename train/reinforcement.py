@@ -106,22 +106,22 @@ def group_rules(
     }
 
 
+def parts_rule(first: str, one: float, second: str, other: float) -> tuple[str, bool]:
+    """The rule that two parts of the same whole leave something or nothing, but no less."""
+    problem = f"{first} and {second} must be 0 or more, together at most 1"
+    return problem, min(one, other) >= 0 and one + other <= 1
+
+
 def stage_rules(spec: Reinforcement, path: Path) -> Rules:
     """What the rl stage of a recipe from nothing must fulfil."""
-    pictures = (spec.blood_share, spec.radiology_share)
-    parts = (spec.located, spec.present)
     counts = (spec.steps, spec.prompts, spec.rollouts.max_completion_tokens)
     return {
         (*path, "steps"): ("steps, prompts and completion tokens must be above 0", min(counts) > 0),
         (*path, "learning_rate"): ("learning_rate must be above 0", spec.learning_rate > 0),
-        (*path, "blood_share"): (
-            "blood_share and radiology_share must be 0 or more, together at most 1",
-            min(pictures) >= 0 and sum(pictures) <= 1,
+        (*path, "blood_share"): parts_rule(
+            "blood_share", spec.blood_share, "radiology_share", spec.radiology_share
         ),
-        (*path, "located"): (
-            "located and present must be 0 or more, together at most 1",
-            min(parts) >= 0 and spec.located + spec.present <= 1,
-        ),
+        (*path, "located"): parts_rule("located", spec.located, "present", spec.present),
         (*path, "rollouts", "temperature"): (
             "temperature must be above 0: equal answers teach nothing",
             spec.rollouts.temperature > 0,
