@@ -22,7 +22,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rl_answers import answers, decoding
 from rl_questions import HeldOut, brief, render
 
 from medmo_edge.boxes import parse_boxes
@@ -39,12 +39,11 @@ from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import Base, load_base, save_checkpoint, set_trainable
 from medmo_edge.train.blood import read_blood
 from medmo_edge.train.branches import branch_row, collate_branches
-from medmo_edge.train.grpo_learner import Learner, Question, decoding_of
+from medmo_edge.train.grpo_learner import Learner, Question
 from medmo_edge.train.parallel import Group, arithmetic
 from medmo_edge.train.radiology import read_radiology
 from medmo_edge.train.recipe import load_recipe
-from medmo_edge.train.reinforcement import Groups, Objective
-from medmo_edge.train.rollouts import Answer, Decoding, sample_groups, uniforms
+from medmo_edge.train.reinforcement import Objective
 from medmo_edge.train.scene_stages import Asking, shares_of
 
 BOX_TOKENS = 48
@@ -52,6 +51,7 @@ SPEC = load_recipe("nano").rl
 assert SPEC is not None
 SHARES, REWARDS = shares_of(SPEC), SPEC.rewards
 SAVE_EVERY = 20  # steps
+CHUNK = 32  # questions that are answered at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ class Run:
                 mask_truncated_completions=True,
             ),
             rewards=settings.rewards,
-            decoding=self.decoding(settings.generations, BOX_TOKENS, settings.temperature),
+            decoding=decoding(self.base, settings.generations, BOX_TOKENS, settings.temperature),
             decode=self.base.tokenizer.decode,
             seed=settings.seed,
             row_tokens=2048,
@@ -229,16 +229,6 @@ class Run:
             precision=partial(arithmetic, self.model, Group(), "bfloat16"),
             guided=settings.guided,
         )
-
-    def decoding(self, generations: int, tokens: int, temperature: float) -> Decoding:
-        """How to draw answers from this checkpoint."""
-        groups = Groups(
-            num_generations=generations,
-            guided=self.settings.guided,
-            max_completion_tokens=tokens,
-            temperature=temperature,
-        )
-        return decoding_of(self.base.config, self.base.tokenizer.length, groups)
 
     def _supervised(self, drawn: Sequence[Asked]) -> dict[str, float]:
         """A step on the right answers: an answer of n tokens weighs sqrt(n), as nano was taught."""
@@ -273,16 +263,10 @@ class Run:
     def _answered(self) -> Iterator[tuple[str, str, Asked, str]]:
         """(what, picture, sample, answer) of every held-out question."""
         for what, tokens, items in self.held_out.questions():
-            decoding = self.decoding(1, tokens, 0.0)
-            for start in range(0, len(items), 32):
-                chunk = items[start : start + 32]
-                prompts = [self.question(asked).prompt for _, asked in chunk]
-                random = uniforms(0, 0, 0, len(chunk), decoding)
-                groups: list[list[Answer]] = sample_groups(
-                    self.model, prompts, decoding, random, chunk=32, precision=nullcontext
-                )
-                for (name, asked), (answer,) in zip(chunk, groups, strict=True):
-                    yield what, name, asked, self.base.tokenizer.decode(answer.ids)
+            greedy = decoding(self.base, 1, tokens, 0.0)
+            told = answers(self.base, self.asking, [one for _, one in items], greedy, CHUNK)
+            for (name, asked), (_, (answer,)) in zip(items, told, strict=True):
+                yield what, name, asked, self.base.tokenizer.decode(answer.ids)
 
     def _score(self, what: str, name: str, asked: Asked, text: str) -> dict[str, Any]:
         """IoU summed over true boxes and their number, or whether a word is right."""

@@ -19,12 +19,12 @@ import argparse
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from rl_answers import answers, decoding
 from rl_questions import HeldOut
 
 from medmo_edge.boxes import Geometry, iou, pairwise_iou, parse_boxes
@@ -33,9 +33,7 @@ from medmo_edge.train.asked import Asked
 from medmo_edge.train.attention import use_products
 from medmo_edge.train.base_model import load_base
 from medmo_edge.train.blood import read_blood
-from medmo_edge.train.grpo_learner import decoding_of
-from medmo_edge.train.reinforcement import Groups
-from medmo_edge.train.rollouts import Answer, sample_groups, uniforms
+from medmo_edge.train.rollouts import Answer, Decoding
 from medmo_edge.train.scene_stages import Asking
 
 CHUNK = 16
@@ -91,32 +89,14 @@ class Drawer:
 
     def answer(self, asked: Sequence[Asked], tokens: int) -> Iterator[Answered]:
         """What is said about each picture, in order."""
-        for start in range(0, len(asked), CHUNK):
-            chunk = asked[start : start + CHUNK]
-            greedy = self._boxes(chunk, 1, tokens, 0.0, start)
-            drawn = self._boxes(chunk, self.groups, tokens, self.temperature, start)
-            for one, (first,), group in zip(chunk, greedy, drawn, strict=True):
-                yield Answered(one.sample.boxes[0].xyxy, first, group)
+        greedy = self._boxes(asked, decoding(self.base, 1, tokens, 0.0))
+        drawn = self._boxes(asked, decoding(self.base, self.groups, tokens, self.temperature))
+        for one, (first,), group in zip(asked, greedy, drawn, strict=True):
+            yield Answered(one.sample.boxes[0].xyxy, first, group)
 
-    def _boxes(
-        self, asked: Sequence[Asked], number: int, tokens: int, temperature: float, seed: int
-    ) -> list[list[Corners | None]]:
-        groups = Groups(
-            num_generations=number,
-            guided=False,
-            max_completion_tokens=tokens,
-            temperature=temperature,
-        )
-        decoding = decoding_of(self.base.config, self.base.tokenizer.length, groups)
-        prompts = [self.asking.question(one).prompt for one in asked]
-        random = uniforms(seed, 0, 0, len(prompts), decoding)
-        answers = sample_groups(
-            self.base.model, prompts, decoding, random, chunk=CHUNK, precision=nullcontext
-        )
-        return [
-            [self._box(one, prompt.geometries) for one in group]
-            for prompt, group in zip(prompts, answers, strict=True)
-        ]
+    def _boxes(self, asked: Sequence[Asked], drawing: Decoding) -> Iterator[list[Corners | None]]:
+        for prompt, group in answers(self.base, self.asking, asked, drawing, CHUNK):
+            yield [self._box(one, prompt.geometries) for one in group]
 
     def _box(self, answer: Answer, geometries: Sequence[Geometry]) -> Corners | None:
         """The box of an answer that has just one."""
